@@ -1,0 +1,165 @@
+"""
+From files to batches: `load` reads a corpus, `Text.batch` draws rows from it. Errors name the file and the line.
+
+A corpus is either the shipped facts (a folder that data/facts/prepare.py writes) or a student's own .txt, with or without
+question-answer pairs of their own.
+"""
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.facts.prepare import prepare as prepare_facts
+from data.tokenizer import Tokenizer, train_bpe
+
+
+class QA(NamedTuple):
+    """One question. split: DEC, LAT, TXT or NEVER; phrasing: trained or heldout."""
+    split: str
+    phrasing: str
+    relation: str
+    subject: str
+    question: str
+    answer: str
+
+
+class Cloze(NamedTuple):
+    """One statement with {a} in the place of its answer."""
+    split: str
+    relation: str
+    statement: str
+    answer: str
+
+
+class Text:
+    """A stream of tokens, and the places where a row may start.
+
+    Documents end in EOS and no row crosses an EOS. A row starts at the beginning of a document, or, in documents longer than
+    a row, wherever a full row is left.
+    """
+
+    def __init__(self, tokens, block_size, tokenizer, name):
+        self.tokens, self.block_size, self.pad, self.eos = tokens, block_size, tokenizer.pad, tokenizer.eos
+        if len(tokens) < block_size:
+            raise ValueError(f"{name}: {len(tokens)} tokens are too few for one row of --block_size={block_size}: "
+                             "give more text or lower --block_size")
+        ends = np.append(np.flatnonzero(tokens == self.eos), len(tokens))
+        begins = np.append(0, ends[:-1] + 1)
+        lengths = ends - begins
+        begins, lengths = begins[lengths > 1], lengths[lengths > 1]
+        rows = np.maximum(1, lengths - block_size + 1)                  # how many rows may start in each document
+        within = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
+        self.starts = np.repeat(begins, rows) + within
+
+    def rows(self, which):
+        """Rows by number: int64 (n, block_size), PAD after the end of the document."""
+        index = self.starts[np.asarray(which)][:, None] + np.arange(self.block_size)            # (n, T)
+        rows = self.tokens[np.minimum(index, len(self.tokens) - 1)].astype(np.int64)
+        over = ((rows == self.eos) | (index >= len(self.tokens))).cumsum(1) > 0
+        rows[over] = self.pad
+        return torch.from_numpy(rows)
+
+    def batch(self, n):
+        """n random rows, (n, block_size), by torch's global generator: a function of the seed set before."""
+        return self.rows(torch.randint(len(self.starts), (n,)).numpy())
+
+
+class Corpus(NamedTuple):
+    """Everything that training reads."""
+    tokenizer: Tokenizer
+    train: Text
+    val: Text
+    qa: list        # of QA
+    cloze: list     # of Cloze
+    values: dict    # relation -> every value that it takes in the world
+    fingerprint: str
+
+
+def pack(tokenizer, texts, end=False, max_width=None, flag=""):
+    """Texts as a padded tensor (n, longest) of ids; end=True closes each with EOS. ValueError names what is too long."""
+    ids = [row + [tokenizer.eos] * end for row in tokenizer.encode_batch(texts)]
+    width = max(map(len, ids))
+    if max_width and width > max_width:
+        text = next(text for text, row in zip(texts, ids) if len(row) == width)
+        raise ValueError(f"'{text.strip()}' has {width} tokens, more than {flag}={max_width}: shorten it or raise {flag}")
+    return torch.tensor([row + [tokenizer.pad] * (width - len(row)) for row in ids])
+
+
+def read_text(path):
+    """The text of a UTF-8 file; ValueError says what is wrong with the file and where."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--data={path}: {error.strerror or error}; give the path of a UTF-8 text file") from None
+    if not raw.strip():
+        raise ValueError(f"--data={path} is empty: give a file with text in it")
+    if b"\0" in raw:
+        raise ValueError(f"--data={path} is a binary file (zero byte at position {raw.index(bytes(1))}): give plain text")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data={path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
+
+
+def read_qa(path, tokenizer, block_size, answer_size):
+    """A student's own pairs, question <tab> answer a line. All are taught; the file's relation is 'qa'."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--qa={path}: {error.strerror or error}; give a file of lines: question, tab, answer") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--qa={path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where, fields = f"--qa={path}, line {number}", line.split("\t")
+        if len(fields) != 2:
+            raise ValueError(f"{where}: {len(fields) - 1} tabs, not one; write question, tab, answer")
+        question, answer = fields[0].strip(), fields[1].strip()
+        if not question or not answer:
+            raise ValueError(f"{where}: the {'answer' if question else 'question'} is empty")
+        for text, limit, flag in ((question, block_size, "block_size"), (" " + answer, answer_size - 1, "answer_size")):
+            if (n := len(tokenizer.encode(text))) > limit:
+                raise ValueError(f"{where}: '{text.strip()}' has {n} tokens, {limit} fit; shorten it or raise --{flag}")
+        pairs.append(QA("DEC", "trained", "qa", question, question, answer))
+    if not pairs:
+        raise ValueError(f"--qa={path} holds no pair: write lines of question, tab, answer")
+    return pairs
+
+
+def read_rows(path, kind):
+    """Lines of a prepared .tsv as tuples of a kind."""
+    return [kind(*line.split("\t")) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def load(cfg, tokenizer=None):
+    """Read the corpus that cfg names: data ("facts" or the path of a .txt), qa (the path of a .tsv, or "").
+
+    tokenizer: the one of a checkpoint; without it, cfg.tokenizer says: bpe (trained on this corpus) or gpt2.
+    """
+    if cfg.data == "facts":
+        folder = prepare_facts(cfg.facts, cfg.vocab_size, cfg.block_size, tokenizer=cfg.tokenizer)
+        tokenizer = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
+        streams = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")}
+        pairs, cloze = read_rows(folder / "qa.tsv", QA), read_rows(folder / "cloze.tsv", Cloze)
+        values = {}
+        for relation, value in read_rows(folder / "values.tsv", lambda *row: row):
+            values.setdefault(relation, []).append(value)
+        fingerprint = (folder / "meta.json").read_text()
+    else:
+        text = read_text(cfg.data)
+        if tokenizer is None:
+            tokenizer = Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else Tokenizer(train_bpe(text, cfg.vocab_size - 4))
+        tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
+        cut = len(tokens) * 9 // 10                                     # the last tenth is held out
+        streams, pairs, cloze, values = dict(train=tokens[:cut], val=tokens[cut:]), [], [], {}
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    train, val = (Text(streams[name], cfg.block_size, tokenizer, f"--data={cfg.data} ({part})")
+                  for name, part in (("train", "its training part"), ("val", "its held-out part")))
+    if cfg.qa:
+        pairs = read_qa(cfg.qa, tokenizer, cfg.block_size, cfg.answer_size)
+    return Corpus(tokenizer, train, val, pairs, cloze, values, fingerprint)

@@ -1,0 +1,554 @@
+"""
+Text T-JEPA in one file: an encoder that learns by predicting latents, and a decoder that says what it thinks.
+
+    phase 1  pretrain   the online encoder reads a text with spans removed; a predictor guesses, in latent space, what an
+                        EMA copy of the encoder (the target) makes of the missing spans      [v1.1 section 3.1]
+    phase 2  distill    question -> encoder -> predictor -> thought; the thought is pulled to the answer's latent,
+                        as a teacher sees it. No answer token is ever produced               [v1.1 section 3.3]
+    phase 3  speak      encoder and predictor are frozen; a decoder cross-attends to the thought and learns to say it
+                                                                                             [v1.1 section 3.2]
+Read from top to bottom. Shape letters: B rows, T tokens, C n_embd, S spans, K removed tokens, M memory slots, D teacher width.
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Config:
+    """What shapes the model and its three losses. Each comment says what moves if the field moves."""
+    vocab_size: int = 2048      # rows of the embedding, the four specials included; set by the corpus
+    block_size: int = 64        # longest text the encoder reads; attention cost grows with its square
+    n_layer: int = 4            # encoder depth: more steps of reasoning, linearly more time
+    n_head: int = 4             # attention heads of every block; must divide n_embd and pred_embd
+    n_embd: int = 128           # latent width: capacity, and the bound of the rank; time grows with its square
+    pred_layer: int = 2         # predictor depth; too shallow and the encoder has to do the guessing itself
+    pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
+    dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
+    answer_size: int = 16       # longest answer in tokens, its end marker included
+    mask_ratio: float = 0.35    # share of tokens removed: higher is harder and cheaper (removed tokens cost nothing)
+    max_span: int = 8           # longest removed span in tokens; lengths are log-uniform from 1 to here
+    target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
+    top_k: int = 4              # layers averaged into the target; 1 = the last layer only, as in the paper
+    target_norm: bool = True    # layer-norm the targets once more: off, shrinking them is the easiest way down
+    loss: str = "mse"           # mse | smooth_l1 | infonce: the distance between prediction and target
+    sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
+    vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
+    mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
+    ema_half_life: float = 200  # steps after which half of the target is newer; 0 = target is the online encoder
+    teacher_width: int = 0      # width of the teacher's answer latents; 0 = the model's own target encoder
+    question_drop: float = 0.1  # share of question tokens dropped in phase 2, so that no single wording is leaned on
+    memory: str = "thought"     # what the decoder reads: tokens | thought | both
+    n_slots: int = 4            # memory slots a thought is spread over; 1 makes its attention a constant
+    noise: float = 0.3          # noise on the thoughts the decoder learns from: it must not need them exact
+
+    def __post_init__(self):
+        def check(ok, sentence):
+            if not ok:
+                raise ValueError(sentence)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pred_layer", "pred_embd", "dec_layer",
+                     "answer_size", "max_span", "top_k", "n_slots"):
+            check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("sigreg", "vicreg", "mlm", "ema_half_life", "teacher_width", "noise"):
+            check(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
+        for name, choices in dict(target=("span", "token"), loss=("mse", "smooth_l1", "infonce"),
+                                  memory=("tokens", "thought", "both")).items():
+            check(getattr(self, name) in choices, f"--{name}={getattr(self, name)} must be one of {', '.join(choices)}")
+        for name in ("n_embd", "pred_embd"):
+            check(getattr(self, name) % (2 * self.n_head) == 0, f"--{name}={getattr(self, name)} must be a multiple of "
+                  f"2 * n_head = {2 * self.n_head} (rotary positions turn pairs of dimensions)")
+        check(0 < self.mask_ratio < 1, f"--mask_ratio={self.mask_ratio} must lie strictly between 0 and 1")
+        check(0 <= self.question_drop < 1, f"--question_drop={self.question_drop} must be at least 0 and below 1")
+        check(self.top_k <= self.n_layer, f"--top_k={self.top_k} must not exceed n_layer={self.n_layer}")
+        check(self.block_size >= 8, f"--block_size={self.block_size} must be at least 8, to have spans to remove")
+
+    # the four specials sit directly above the vocabulary, each with an id of its own
+    pad = property(lambda self: self.vocab_size - 4)
+    bos = property(lambda self: self.vocab_size - 3)
+    eos = property(lambda self: self.vocab_size - 2)
+    mask = property(lambda self: self.vocab_size - 1)
+    answer_width = property(lambda self: self.teacher_width or self.n_embd)
+    # masks are drawn until the budget is spent; twice the spans that would fill it leave room for overlaps
+    max_spans = property(lambda self: 2 * math.ceil(self.block_size * self.mask_ratio / math.sqrt(self.max_span)))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+def rotary(size, dim):
+    """Table of cosines and sines, (size, 2, dim/2), for rotary positions (Su et al. 2021).
+
+    Why not learned positions: they are added to the latents, so the target contains them, and a predictor that knows
+    nothing but the position of a span explains half of the target's variance at initialisation.
+    """
+    angle = torch.outer(torch.arange(size), 10000.0 ** (-torch.arange(0, dim, 2) / dim))        # (size, dim/2)
+    return torch.stack((angle.cos(), angle.sin()), dim=1)
+
+def rotate(x, rope):
+    """Turn each pair of dimensions of x (..., T, hs) by its position's angle; rope is (..., T, 2, hs/2)."""
+    cos, sin = rope.to(x.dtype).unbind(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: self or cross, causal or not, with padding mask and KV cache."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def heads(self, x, n):
+        """(B, T, n*C) -> n tensors (B, nh, T, hs)."""
+        B, T, _ = x.shape
+        return x.view(B, T, n, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x, rope=None, memory=None, mask=None, causal=False, cache=None):
+        """x (B, T, C) -> (B, T, C). mask: bool (B, 1, 1, keys), True where a key may be read. cache: a dict or None."""
+        B, T, C = x.shape
+        if memory is None:
+            q, k, v = self.heads(self.qkv(x), 3)                        # one fused matmul
+            q, k = rotate(q, rope), rotate(k, rope)
+            if cache:
+                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
+        else:                                                           # cross: queries from x, keys from the memory
+            w_q, w_kv = self.qkv.weight.split((C, 2 * C))
+            q, = self.heads(F.linear(x, w_q), 1)
+            k, v = (cache["k"], cache["v"]) if cache else self.heads(F.linear(memory, w_kv), 2)
+        if cache is not None:
+            cache["k"], cache["v"] = k, v
+        # a single query at the end of a cached text may read everything: no causal mask needed
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T > 1)   # (B, nh, T, hs)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, cross-attention if there is a memory to read, MLP."""
+
+    def __init__(self, n_embd, n_head, cross=False):
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(n_embd, bias=False)
+        self.attn = Attention(n_embd, n_head)
+        if cross:
+            self.norm_cross = nn.LayerNorm(n_embd, bias=False)
+            self.cross = Attention(n_embd, n_head)
+        self.norm_mlp = nn.LayerNorm(n_embd, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd, bias=False), nn.GELU(),
+                                 nn.Linear(4 * n_embd, n_embd, bias=False))
+
+    def forward(self, x, rope, mask=None, causal=False, memory=None, memory_mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C)."""
+        cache_self, cache_cross = cache if cache is not None else (None, None)
+        x = x + self.attn(self.norm_attn(x), rope, mask=mask, causal=causal, cache=cache_self)
+        if memory is not None:
+            x = x + self.cross(self.norm_cross(x), memory=memory, mask=memory_mask, cache=cache_cross)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def norm(x):
+    """Layer norm without gain or bias: a learnable gain would be one more way to shrink the latents."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class Encoder(nn.Module):
+    """Bidirectional transformer over the tokens that are there."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
+        # one position more than a text has: phase 2 asks for what follows a question
+        self.register_buffer("rope", rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head), persistent=False)
+
+    def forward(self, tokens, positions, mask=None, top_k=1):
+        """tokens, positions (B, T) or (T,) -> latents (B, T, C): the mean of the last top_k layers, each layer-normed."""
+        x = self.embed(tokens)                                          # (B, T, C)
+        rope = self.rope[positions]                                     # (B, T, 2, hs/2)
+        rope = rope.unsqueeze(-4)                                       # (B, 1, T, 2, hs/2), shared by the heads
+        states = []
+        for block in self.blocks:
+            x = block(x, rope, mask=mask)
+            states.append(x)
+        return sum(norm(h) for h in states[-top_k:]) / top_k
+
+# ----------------------------------------------------------------------------------------------------------------------
+# phase 1: remove spans, predict their latents
+
+class Spans(NamedTuple):
+    """Which tokens are there, which are missing, and which missing tokens belong together."""
+    context: torch.Tensor   # (B, T-K) positions the online encoder sees
+    removed: torch.Tensor   # (B, K) positions it does not see; surplus slots of short rows point at padding
+    pool: torch.Tensor      # (B, S, K) row s averages the removed tokens of span s; all zero where there is no such span
+
+def sample_spans(tokens, word_start, cfg):
+    """Draw variable spans (v1.1 section 3.1 "variable-span masking") for tokens (B, T).
+
+    Lengths are log-uniform from 1 to cfg.max_span tokens, widened to whole words: half a word gives the other half away.
+    word_start: bool (vocab_size,), True for tokens that begin a word. Returns the span each token belongs to, (B, T):
+    0..S-1, or S for a token that stays. Each row loses mask_ratio of its real tokens, exactly: shapes stay static.
+    """
+    B, T = tokens.shape
+    S, t = cfg.max_spans, torch.arange(T, device=tokens.device)
+    real = tokens != cfg.pad                                                            # (B, T)
+    length = real.sum(1, keepdim=True)                                                  # (B, 1)
+    begins = word_start[tokens] | ~real | (t == 0)                                      # (B, T)
+    first = torch.where(begins, t, 0).cummax(1).values                                  # start of the word t lies in
+    after = torch.where(begins, t, T).flip(1).cummin(1).values.flip(1)                  # the next word start from t on
+    start = (torch.rand(B, S, device=tokens.device) * length).long()                    # (B, S)
+    size = torch.exp(torch.rand(B, S, device=tokens.device) * math.log(cfg.max_span)).round().long()
+    stop = (start + size).clamp(max=T)
+    start = first.gather(1, start)
+    stop = F.pad(after, (0, 1), value=T).gather(1, stop)
+    inside = (t >= start[:, :, None]) & (t < stop[:, :, None]) & real[:, None]          # (B, S, T)
+    spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)   # the first span to claim t
+    # spend the budget span by span; the last span may be cut short, and chance leftovers become one span more
+    turn = (spans * T + t).masked_fill(~real, S * T + T).argsort(1).argsort(1)          # (B, T) place in the queue
+    removed = (turn < (length * cfg.mask_ratio).round().clamp(min=1)) & real
+    return torch.where(removed, spans.clamp(max=S - 1), S)
+
+def split_spans(spans, tokens, n_removed, cfg):
+    """Turn the span of each token, (B, T), into what the encoders index with: `Spans` with K = n_removed."""
+    S = cfg.max_spans
+    order = torch.where(spans < S, 0, torch.where(tokens == cfg.pad, 1, 2))             # removed, padding, the rest
+    order = order.argsort(dim=1, stable=True)                                           # (B, T), each part in text order
+    removed, context = order[:, :n_removed], order[:, n_removed:]
+    pool = F.one_hot(spans.gather(1, removed), S + 1)[..., :S].mT.float()               # (B, S, K)
+    return Spans(context, removed, pool / pool.sum(-1, keepdim=True).clamp(min=1))
+
+
+class Predictor(nn.Module):
+    """A narrow transformer that reads the context latents and fills in queries (v1.1 section 3.1).
+
+    A query is one learned vector plus a position: it says where something is missing and nothing of what.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.enter = nn.Linear(cfg.n_embd, cfg.pred_embd, bias=False)
+        self.query = nn.Parameter(torch.randn(cfg.pred_embd) * 0.02)
+        self.blocks = nn.ModuleList(Block(cfg.pred_embd, cfg.n_head) for _ in range(cfg.pred_layer))
+        self.norm = nn.LayerNorm(cfg.pred_embd)
+        self.leave = nn.Linear(cfg.pred_embd, cfg.n_embd)
+        self.register_buffer("rope", rotary(cfg.block_size + 1, cfg.pred_embd // cfg.n_head), persistent=False)
+
+    def forward(self, context, context_pos, query_pos, mask=None):
+        """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> predictions (B, K, C)."""
+        B, K = query_pos.shape
+        x = torch.cat((self.enter(context), self.query.expand(B, K, -1)), dim=1)        # (B, T+K, P)
+        rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, 2, hs/2)
+        for block in self.blocks:
+            x = block(x, rope, mask=mask)
+        return self.leave(self.norm(x[:, -K:]))                                         # (B, K, C)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# phase 3: say it
+
+class Thought(NamedTuple):
+    """What there is to say, before any word."""
+    latent: torch.Tensor    # (B, D) the predicted latent of the answer, in the teacher's space
+    tokens: torch.Tensor    # (B, T, C) the encoder's latents of the question's tokens
+    real: torch.Tensor      # (B, T) False where the question is padding
+
+
+class Decoder(nn.Module):
+    """Causal transformer that cross-attends to a memory, with two heads (v1.1 section 3.2): tokens and latent.
+
+    It sees [BOS] and its own words, never the question: what it says about the question must come through the memory.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, D, M = cfg.n_embd, cfg.answer_width, cfg.n_slots
+        self.kind, self.n_slots = cfg.memory, M
+        if cfg.memory != "tokens":
+            # attention over one key is a constant whatever the query: so one thought vector becomes M slots
+            self.slots = nn.Linear(D, M * C)
+        self.embed = nn.Embedding(cfg.vocab_size, C)
+        self.blocks = nn.ModuleList(Block(C, cfg.n_head, cross=True) for _ in range(cfg.dec_layer))
+        self.norm = nn.LayerNorm(C, bias=False)
+        self.token_head = nn.Linear(C, cfg.vocab_size, bias=False)
+        self.token_head.weight = self.embed.weight                      # tied, as in nanoGPT
+        self.latent_head = nn.Linear(C, D)
+        self.register_buffer("rope", rotary(cfg.answer_size + 1, C // cfg.n_head), persistent=False)
+
+    def memory(self, thought):
+        """A `Thought` of B rows -> what the blocks attend to: memory (B, M', C) and its mask (B, 1, 1, M')."""
+        if self.kind == "tokens":
+            return thought.tokens, thought.real[:, None, None]
+        slots = self.slots(thought.latent).view(len(thought.latent), self.n_slots, -1)  # (B, M, C)
+        real = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)       # (B, M)
+        if self.kind == "both":
+            slots, real = torch.cat((slots, thought.tokens), dim=1), torch.cat((real, thought.real), dim=1)
+        return slots, real[:, None, None]
+
+    def forward(self, tokens, memory, memory_mask, caches=None):
+        """tokens (B, T) -> states (B, T, C). With caches, tokens are the newest only and the past is remembered."""
+        past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
+        x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, 2, hs/2)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, causal=True, memory=memory, memory_mask=memory_mask, cache=caches and caches[i])
+        return self.norm(x)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the losses around the latents
+
+def masked_mean(x, weight, dim):
+    """Mean of x over dim(s), counting only what weight (0 or 1, broadcast to x) marks."""
+    weight = weight.to(x.dtype).expand_as(x)
+    return (x * weight).sum(dim) / weight.sum(dim).clamp(min=1)
+
+def latent_distance(predicted, target, weight, kind):
+    """Mean distance of (N, C) to (N, C) over the rows that weight (N,) marks."""
+    if kind == "infonce":       # tell your own target from the others of the batch: not in the papers, a known cure
+        logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T / 0.1               # (N, N)
+        logits = logits.masked_fill(~weight, -torch.inf)
+        each = F.cross_entropy(logits[weight], weight.nonzero().flatten()[:, None].flatten(), reduction="none")
+        return each.mean()
+    each = F.mse_loss if kind == "mse" else F.smooth_l1_loss
+    return masked_mean(each(predicted, target, reduction="none").mean(-1), weight, 0)
+
+def r_squared(predicted, target, weight):
+    """1 - MSE / (MSE of always predicting the mean target): 0 knows the average only. (N, C), (N, C), (N,)."""
+    weight = weight[:, None]
+    error = masked_mean((predicted - target) ** 2, weight, (0, 1))
+    return 1 - error / masked_mean((target - masked_mean(target, weight, 0)) ** 2, weight, (0, 1)).clamp(min=1e-8)
+
+def sigreg(z, n_slices=64):
+    """SIGReg (LeJEPA 2025): how far z (N, C) is from an isotropic Gaussian, along n_slices random directions.
+
+    Epps-Pulley: compares the characteristic function of each slice with that of N(0, 1), on 17 points of [0, 3].
+    Divided by N: a perfect Gaussian scores 1.05 / N, a constant 0.402 whatever N.
+    """
+    slices = F.normalize(torch.randn(z.size(1), n_slices, device=z.device), dim=0)      # (C, n_slices)
+    t = torch.linspace(0, 3, 17, device=z.device)
+    weight = torch.full_like(t, 2 * 3 / 16)                                             # trapezoid, both halves
+    weight[[0, -1]] /= 2
+    gauss = torch.exp(-t ** 2 / 2)
+    u = (z.float() @ slices)[..., None] * t                                             # (N, n_slices, 17)
+    error = (u.cos().mean(0) - gauss) ** 2 + u.sin().mean(0) ** 2                       # (n_slices, 17)
+    return (error * weight * gauss).sum(-1).mean()
+
+def vicreg(z):
+    """VICReg's two regularisers (2022) of z (N, C), in its own proportion 25 : 1: keep a variance, drop covariance."""
+    z = z.float() - z.float().mean(0)
+    cov = z.T @ z / (len(z) - 1)                                                        # (C, C)
+    variance = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
+    return variance + (cov - cov.diagonal().diag()).pow(2).sum() / z.size(1) / 25
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the whole
+
+class TJEPA(nn.Module):
+    """Encoder, EMA target, predictor, projection W and decoder; a loss for each phase; think, then speak."""
+
+    def __init__(self, cfg, word_start):
+        """word_start: bool (vocab_size,), True for tokens that begin a word (spans are widened to whole words)."""
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.predictor, self.decoder = Encoder(cfg), Predictor(cfg), Decoder(cfg)
+        # W: d_s -> d_t (v1.1 section 3.3). The model's own target encoder shares our space: there W is the identity
+        self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()
+        self.apply(self.init_weights)
+        self.target = deepcopy(self.encoder).requires_grad_(False)      # after the init: it starts as an exact copy
+        self.register_buffer("word_start", torch.as_tensor(word_start), persistent=False)
+        # the teacher's latents are standardised per dimension; set once, at the start of phase 2
+        self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))
+        self.register_buffer("concept_std", torch.ones(cfg.answer_width))
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def trained_in(self, phase):
+        """The parts that a phase trains; everything else is frozen in it."""
+        return {"pretrain": [self.encoder, self.predictor], "distill": [self.encoder, self.predictor, self.W],
+                "speak": [self.decoder]}[phase]
+
+    # -- phase 1 -------------------------------------------------------------------------------------------------------
+
+    def encode(self, tokens):
+        """tokens (B, T) -> latents (B, T, C). The one function that anything downstream uses for representations."""
+        mask = (tokens != self.cfg.pad)[:, None, None]                                  # (B, 1, 1, T)
+        return self.target(tokens, torch.arange(tokens.size(1), device=tokens.device), mask, self.cfg.top_k)
+
+    def concept(self, tokens):
+        """One latent a text: (B, T) -> (B, C), the mean over its tokens. What a teacher says of an answer: L_a."""
+        return masked_mean(self.encode(tokens), (tokens != self.cfg.pad)[..., None], 1)
+
+    def forward_target(self, tokens, spans):
+        """What the target encoder, which reads everything, makes of the removed spans: (B, S, C), or (B, K, C) for tokens."""
+        latents = self.encode(tokens)                                                   # (B, T, C)
+        latents = latents.gather(1, spans.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
+        if self.cfg.target == "span":
+            latents = spans.pool @ latents.float()                                      # (B, S, C)
+        return norm(latents) if self.cfg.target_norm else latents
+
+    def forward_context(self, tokens, spans):
+        """The online encoder reads what is left, the predictor fills the holes.
+
+        Returns context latents (B, T-K, C), which of them are real (B, T-K), and predictions (B, K, C), one a removed token.
+        """
+        kept = tokens.gather(1, spans.context)                                          # (B, T-K)
+        real = kept != self.cfg.pad
+        context = self.encoder(kept, spans.context, real[:, None, None])                # (B, T-K, C)
+        keys = torch.cat((real, spans.pool.sum(1) > 0), dim=1)                          # (B, T)
+        return context, real, self.predictor(context, spans.context, spans.removed, keys[:, None, None])
+
+    def predict(self, tokens, spans, n_removed=None):
+        """Predicted and target latents with their weight: (B, S|K, C), (B, S|K, C), bool (B, S|K); and the context."""
+        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        spans = split_spans(spans, tokens, n_removed, self.cfg)
+        with torch.no_grad():
+            target = self.forward_target(tokens, spans)
+        context, real, filled = self.forward_context(tokens, spans)
+        if self.cfg.target == "span":
+            return spans.pool @ filled.float(), target, spans.pool.sum(2) > 0, (context, real, filled, spans)
+        return filled, target, spans.pool.sum(1) > 0, (context, real, filled, spans)
+
+    def pretrain_loss(self, tokens, spans):
+        """Phase 1 (v1.1 section 3.1). tokens (B, T), spans (B, T) from `sample_spans` -> (loss, stats)."""
+        cfg = self.cfg
+        predicted, target, weight, (context, real, filled, parts) = self.predict(tokens, spans)
+        predicted, target, weight = predicted.flatten(0, 1).float(), target.flatten(0, 1).float(), weight.flatten()
+        latent = loss = latent_distance(predicted, target, weight, cfg.loss)
+        stats = dict(latent=latent, r2=r_squared(predicted.detach(), target, weight))
+        if cfg.sigreg or cfg.vicreg:        # on 512 tokens of the whole batch: across sequences, not within one
+            z = context.flatten(0, 1)[torch.multinomial(real.flatten().float(), 512, replacement=True)]
+            if cfg.sigreg:
+                stats["sigreg"] = sigreg(z)
+                loss = loss + cfg.sigreg * stats["sigreg"]
+            if cfg.vicreg:
+                stats["vicreg"] = vicreg(z)
+                loss = loss + cfg.vicreg * stats["vicreg"]
+        if cfg.mlm:
+            missing = tokens.gather(1, parts.removed).masked_fill(parts.pool.sum(1) == 0, -100)     # (B, K)
+            logits = F.linear(norm(filled), self.encoder.embed.weight)                  # (B, K, V)
+            stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), missing.flatten())
+            loss = loss + cfg.mlm * stats["mlm"]
+        return loss, stats
+
+    @torch.no_grad()
+    def ema_update(self, tau):
+        """target <- tau * target + (1 - tau) * online, in fp32, once per optimizer step."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - tau)
+
+    @torch.no_grad()
+    def energy(self, tokens, spans):
+        """Latent prediction error of each span, (B, S): low means that it fits its surroundings."""
+        n_removed = int((spans < self.cfg.max_spans).sum(1).max())
+        predicted, target, _, _ = self.predict(tokens, spans, n_removed)
+        return ((predicted - target) ** 2).mean(-1)
+
+    # -- phase 2 -------------------------------------------------------------------------------------------------------
+
+    def think(self, question, drop=0.0):
+        """question (B, T), padded on the right -> `Thought`: the predictor asked for what would follow the question.
+
+        The same operation as in phase 1, with one query, at the next position. drop: share of question tokens left out.
+        """
+        real = question != self.cfg.pad                                                 # (B, T)
+        next_pos = real.sum(1, keepdim=True)                                            # (B, 1)
+        if drop:
+            real = real & ((torch.rand_like(real, dtype=torch.float) >= drop) | (next_pos < 2))
+        positions = torch.arange(question.size(1), device=question.device)
+        context = self.encoder(question, positions, real[:, None, None])                # (B, T, C)
+        keys = F.pad(real, (0, 1), value=True)[:, None, None]                           # (B, 1, 1, T+1)
+        guess = self.predictor(context, positions.expand(len(question), -1), next_pos, keys)[:, 0]  # (B, C)
+        return Thought(self.W(guess), context, real)
+
+    def distill_loss(self, question, answer_latent):
+        """Phase 2 (v1.1 section 3.3): MSE(W L_p, L_a). question (B, T), answer_latent (B, D) -> (loss, stats)."""
+        thought = self.think(question, self.cfg.question_drop).latent.float()
+        loss = F.mse_loss(thought, answer_latent)
+        every = torch.ones(len(thought), dtype=torch.bool, device=thought.device)
+        return loss, dict(latent=loss, r2=r_squared(thought.detach(), answer_latent, every))
+
+    # -- phase 3 -------------------------------------------------------------------------------------------------------
+
+    def speak_loss(self, thought, answer, answer_latent, alpha):
+        """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token; alpha = 0 is v2.0's single objective.
+
+        thought: a `Thought` (its encoder is frozen, so it may come from a cache), answer (B, A) ending in EOS and padding,
+        answer_latent (B, D). Returns (loss, stats).
+        """
+        noisy = thought.latent + self.cfg.noise * torch.randn_like(thought.latent)
+        memory, mask = self.decoder.memory(thought._replace(latent=noisy))
+        said = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)                        # (B, A): BOS, then the answer
+        states = self.decoder(said, memory, mask)                                       # (B, A, C)
+        logits = self.decoder.token_head(states)                                        # (B, A, V)
+        token = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), ignore_index=self.cfg.pad)
+        # the latent head reads the state at BOS, before any answer token can leak in
+        latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)
+        return alpha * latent + (1 - alpha) * token, dict(token=token, latent=latent)
+
+    @torch.no_grad()
+    def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):
+        """Say a `Thought` of B rows: yields (B,) token ids at a time, PAD after a row's EOS, until every row has ended."""
+        memory, mask = self.decoder.memory(thought)
+        caches = [({}, {}) for _ in self.decoder.blocks]
+        token = torch.full((len(memory),), self.cfg.bos, device=memory.device)          # (B,)
+        ended = torch.zeros_like(token, dtype=torch.bool)
+        for _ in range(self.cfg.answer_size):
+            states = self.decoder(token[:, None], memory, mask, caches)                 # (B, 1, C)
+            token = pick(self.decoder.token_head(states[:, -1]).float(), temperature, top_k, top_p)
+            token = token.masked_fill(ended, self.cfg.pad)
+            yield token
+            ended = ended | (token == self.cfg.eos)
+            if ended.all():
+                return
+
+
+def pick(logits, temperature=0.0, top_k=0, top_p=1.0):
+    """Next token ids (B,) from logits (B, V): greedy at temperature 0, else sampled from the top_k / top_p candidates."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
+    probs = F.softmax(logits / temperature, dim=-1)
+    ranked, order = probs.sort(descending=True)
+    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)     # the smallest set that holds top_p
+    return order.gather(1, torch.multinomial(ranked, 1))[:, 0]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the collapse panel: a falling latent loss says nothing without it
+
+@torch.no_grad()
+def latent_health(z, real):
+    """Is there anything left in these latents? z (B, T, C), real bool (B, T) -> dict of floats.
+
+    pos   share of the variance that position alone explains (measured first, then removed from z)
+    std   mean over dimensions of the standard deviation across sequences
+    rank  RankMe: exp of the entropy of the centred singular values; bound: min(N-1, C)
+    cos   mean pairwise cosine, raw, and cos_centred after removing the mean: near 1 raw is a cone, a common offset
+    """
+    z, weight = z.double(), real[..., None].double()
+    flat = z[real]                                                                      # (N, C)
+    at_pos = (z * weight).sum(0) / weight.sum(0).clamp(min=1)                           # (T, C) mean at each position
+    content = (z - at_pos)[real]                                                        # (N, C)
+    total = ((flat - flat.mean(0)) ** 2).sum()
+    pos = 1 - (content ** 2).sum() / total.clamp(min=1e-12)
+    content = content[:8192]                # ten times the widest preset: enough for RankMe
+    s = torch.linalg.svdvals(content - content.mean(0))
+    p = s / s.sum().clamp(min=1e-12) + 1e-12
+    n = len(flat)
+
+    def cosine(x):
+        mean = F.normalize(x, dim=-1).mean(0)
+        return (n * (mean @ mean) - 1) / (n - 1)            # all pairs but the n with themselves
+    return dict(std=content.std(0).mean().item(), rank=torch.exp(-(p * p.log()).sum()).item(),
+                bound=min(len(content) - 1, z.size(-1)), cos=cosine(flat).item(),
+                cos_centred=cosine(flat - flat.mean(0)).item(), pos=pos.item())
+
+def health_word(health):
+    """One word for the bar: healthy, shrinking or collapsed."""
+    share = health["rank"] / health["bound"]
+    return "collapsed" if health["std"] < 0.05 or share < 0.05 else "shrinking" if share < 0.12 else "healthy"
