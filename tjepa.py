@@ -19,6 +19,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
+def check(config, rules):
+    """ValueError with one sentence for the first field of config that breaks one of rules: (names, test, what it must be)."""
+    for names, test, must in rules:
+        for name in names.split():
+            if not test(getattr(config, name)):
+                raise ValueError(f"--{name}={getattr(config, name)} must be {must}")
+
+
 @dataclass
 class Config:
     """What shapes the model and its three losses. Each comment says what moves if the field moves."""
@@ -48,24 +56,18 @@ class Config:
     noise: float = 0.3          # noise on the thoughts the decoder learns from: it must not need them exact
 
     def __post_init__(self):
-        def check(ok, sentence):
-            if not ok:
-                raise ValueError(sentence)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pred_layer", "pred_embd", "dec_layer",
-                     "answer_size", "max_span", "top_k", "n_slots"):
-            check(getattr(self, name) >= 1, f"--{name}={getattr(self, name)} must be at least 1")
-        for name in ("sigreg", "vicreg", "mlm", "ema_half_life", "teacher_width", "noise"):
-            check(getattr(self, name) >= 0, f"--{name}={getattr(self, name)} must not be negative")
-        for name, choices in dict(target=("span", "token"), loss=("mse", "smooth_l1", "infonce"),
-                                  memory=("tokens", "thought", "both")).items():
-            check(getattr(self, name) in choices, f"--{name}={getattr(self, name)} must be one of {', '.join(choices)}")
-        for name in ("n_embd", "pred_embd"):
-            check(getattr(self, name) % (2 * self.n_head) == 0, f"--{name}={getattr(self, name)} must be a multiple of "
-                  f"2 * n_head = {2 * self.n_head} (rotary positions turn pairs of dimensions)")
-        check(0 < self.mask_ratio < 1, f"--mask_ratio={self.mask_ratio} must lie strictly between 0 and 1")
-        check(0 <= self.question_drop < 1, f"--question_drop={self.question_drop} must be at least 0 and below 1")
-        check(self.top_k <= self.n_layer, f"--top_k={self.top_k} must not exceed n_layer={self.n_layer}")
-        check(self.block_size >= 8, f"--block_size={self.block_size} must be at least 8, to have spans to remove")
+        heads = 2 * self.n_head         # rotary positions turn pairs of dimensions in every head
+        check(self, (
+            ("vocab_size n_layer n_head n_embd pred_layer pred_embd dec_layer max_span top_k n_slots", lambda v: v >= 1, "1 or more"),
+            ("block_size answer_size", lambda v: v >= 4, "4 or more"),
+            ("sigreg vicreg mlm ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
+            ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+            ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
+            ("n_embd pred_embd", lambda v: v % heads == 0, f"a multiple of 2 * n_head = {heads}"),
+            ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
+            ("target", ("span", "token").__contains__, "span or token"),
+            ("loss", ("mse", "smooth_l1", "infonce").__contains__, "mse, smooth_l1 or infonce"),
+            ("memory", ("tokens", "thought", "both").__contains__, "tokens, thought or both")))
 
     # the four specials sit directly above the vocabulary, each with an id of its own
     pad = property(lambda self: self.vocab_size - 4)
@@ -93,6 +95,14 @@ def rotate(x, rope):
     cos, sin = rope.to(x.dtype).unbind(-2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q, k, v, **how):
+    """scaled_dot_product_attention, on a CPU always in fp32: its bf16 backward was measured 20 times slower."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
 
 
 class Attention(nn.Module):
@@ -124,7 +134,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache["k"], cache["v"] = k, v
         # a single query at the end of a cached text may read everything: no causal mask needed
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T > 1)   # (B, nh, T, hs)
+        y = attend(q, k, v, attn_mask=mask, is_causal=causal and T > 1)                 # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -168,10 +178,8 @@ class Encoder(nn.Module):
 
     def forward(self, tokens, positions, mask=None, top_k=1):
         """tokens, positions (B, T) or (T,) -> latents (B, T, C): the mean of the last top_k layers, each layer-normed."""
-        x = self.embed(tokens)                                          # (B, T, C)
-        rope = self.rope[positions]                                     # (B, T, 2, hs/2)
-        rope = rope.unsqueeze(-4)                                       # (B, 1, T, 2, hs/2), shared by the heads
-        states = []
+        x, states = self.embed(tokens), []                              # (B, T, C)
+        rope = self.rope[positions].unsqueeze(-4)                       # (B, 1, T, 2, hs/2), shared by the heads
         for block in self.blocks:
             x = block(x, rope, mask=mask)
             states.append(x)
@@ -186,6 +194,22 @@ class Spans(NamedTuple):
     removed: torch.Tensor   # (B, K) positions it does not see; surplus slots of short rows point at padding
     pool: torch.Tensor      # (B, S, K) row s averages the removed tokens of span s; all zero where there is no such span
 
+
+class Prediction(NamedTuple):
+    """Everything that the losses of phase 1 look at."""
+    spans: torch.Tensor     # (B, S, C) predicted latents of the spans
+    target: torch.Tensor    # (B, S, C) what the target encoder makes of them
+    weight: torch.Tensor    # (B, S) True where there is such a span
+    context: torch.Tensor   # (B, T-K, C) the online encoder's latents
+    real: torch.Tensor      # (B, T-K) False where the context is padding
+    tokens: torch.Tensor    # (B, K, C) predicted latents of the removed tokens, one by one
+    missing: torch.Tensor   # (B, K) ids of the removed tokens, -100 in surplus slots
+
+
+def budget(length, cfg):
+    """How many of length tokens are removed."""
+    return max(1, round(length * cfg.mask_ratio))
+
 def sample_spans(tokens, word_start, cfg):
     """Draw variable spans (v1.1 section 3.1 "variable-span masking") for tokens (B, T).
 
@@ -193,8 +217,8 @@ def sample_spans(tokens, word_start, cfg):
     word_start: bool (vocab_size,), True for tokens that begin a word. Returns the span each token belongs to, (B, T):
     0..S-1, or S for a token that stays. Each row loses mask_ratio of its real tokens, exactly: shapes stay static.
     """
-    B, T = tokens.shape
-    S, t = cfg.max_spans, torch.arange(T, device=tokens.device)
+    (B, T), S = tokens.shape, cfg.max_spans
+    t = torch.arange(T, device=tokens.device)
     real = tokens != cfg.pad                                                            # (B, T)
     length = real.sum(1, keepdim=True)                                                  # (B, 1)
     begins = word_start[tokens] | ~real | (t == 0)                                      # (B, T)
@@ -203,8 +227,7 @@ def sample_spans(tokens, word_start, cfg):
     start = (torch.rand(B, S, device=tokens.device) * length).long()                    # (B, S)
     size = torch.exp(torch.rand(B, S, device=tokens.device) * math.log(cfg.max_span)).round().long()
     stop = (start + size).clamp(max=T)
-    start = first.gather(1, start)
-    stop = F.pad(after, (0, 1), value=T).gather(1, stop)
+    start, stop = first.gather(1, start), F.pad(after, (0, 1), value=T).gather(1, stop)     # widened to whole words
     inside = (t >= start[:, :, None]) & (t < stop[:, :, None]) & real[:, None]          # (B, S, T)
     spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)   # the first span to claim t
     # spend the budget span by span; the last span may be cut short, and chance leftovers become one span more
@@ -214,12 +237,13 @@ def sample_spans(tokens, word_start, cfg):
 
 def split_spans(spans, tokens, n_removed, cfg):
     """Turn the span of each token, (B, T), into what the encoders index with: `Spans` with K = n_removed."""
-    S = cfg.max_spans
-    order = torch.where(spans < S, 0, torch.where(tokens == cfg.pad, 1, 2))             # removed, padding, the rest
+    order = torch.where(spans < cfg.max_spans, 0, torch.where(tokens == cfg.pad, 1, 2)) # removed, padding, the rest
     order = order.argsort(dim=1, stable=True)                                           # (B, T), each part in text order
     removed, context = order[:, :n_removed], order[:, n_removed:]
-    pool = F.one_hot(spans.gather(1, removed), S + 1)[..., :S].mT.float()               # (B, S, K)
-    return Spans(context, removed, pool / pool.sum(-1, keepdim=True).clamp(min=1))
+    member = F.one_hot(spans.gather(1, removed), cfg.max_spans + 1)[..., :-1].mT.float()            # (B, S, K)
+    if cfg.target == "token":                           # every removed token is a span of its own
+        member = torch.diag_embed(member.sum(1))                                                    # (B, K, K)
+    return Spans(context, removed, member / member.sum(-1, keepdim=True).clamp(min=1))
 
 
 class Predictor(nn.Module):
@@ -254,6 +278,10 @@ class Thought(NamedTuple):
     latent: torch.Tensor    # (B, D) the predicted latent of the answer, in the teacher's space
     tokens: torch.Tensor    # (B, T, C) the encoder's latents of the question's tokens
     real: torch.Tensor      # (B, T) False where the question is padding
+
+    def pick(self, rows):
+        """The thoughts of some rows."""
+        return Thought(*(part[rows] for part in self))
 
 
 class Decoder(nn.Module):
@@ -306,10 +334,8 @@ def masked_mean(x, weight, dim):
 def latent_distance(predicted, target, weight, kind):
     """Mean distance of (N, C) to (N, C) over the rows that weight (N,) marks."""
     if kind == "infonce":       # tell your own target from the others of the batch: not in the papers, a known cure
-        logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T / 0.1               # (N, N)
-        logits = logits.masked_fill(~weight, -torch.inf)
-        each = F.cross_entropy(logits[weight], weight.nonzero().flatten()[:, None].flatten(), reduction="none")
-        return each.mean()
+        logits = F.normalize(predicted[weight], dim=-1) @ F.normalize(target[weight], dim=-1).T / 0.1       # (n, n)
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
     each = F.mse_loss if kind == "mse" else F.smooth_l1_loss
     return masked_mean(each(predicted, target, reduction="none").mean(-1), weight, 0)
 
@@ -384,57 +410,48 @@ class TJEPA(nn.Module):
         """One latent a text: (B, T) -> (B, C), the mean over its tokens. What a teacher says of an answer: L_a."""
         return masked_mean(self.encode(tokens), (tokens != self.cfg.pad)[..., None], 1)
 
-    def forward_target(self, tokens, spans):
-        """What the target encoder, which reads everything, makes of the removed spans: (B, S, C), or (B, K, C) for tokens."""
+    def forward_target(self, tokens, parts):
+        """What the target encoder, which reads everything, makes of the removed spans: (B, S, C)."""
         latents = self.encode(tokens)                                                   # (B, T, C)
-        latents = latents.gather(1, spans.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
-        if self.cfg.target == "span":
-            latents = spans.pool @ latents.float()                                      # (B, S, C)
+        latents = latents.gather(1, parts.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
+        latents = parts.pool @ latents.float()                                          # (B, S, C)
+        # the mean of a long span is shorter than that of a short one: without the norm length would weigh the loss
         return norm(latents) if self.cfg.target_norm else latents
 
-    def forward_context(self, tokens, spans):
-        """The online encoder reads what is left, the predictor fills the holes.
-
-        Returns context latents (B, T-K, C), which of them are real (B, T-K), and predictions (B, K, C), one a removed token.
-        """
-        kept = tokens.gather(1, spans.context)                                          # (B, T-K)
-        real = kept != self.cfg.pad
-        context = self.encoder(kept, spans.context, real[:, None, None])                # (B, T-K, C)
-        keys = torch.cat((real, spans.pool.sum(1) > 0), dim=1)                          # (B, T)
-        return context, real, self.predictor(context, spans.context, spans.removed, keys[:, None, None])
-
     def predict(self, tokens, spans, n_removed=None):
-        """Predicted and target latents with their weight: (B, S|K, C), (B, S|K, C), bool (B, S|K); and the context."""
-        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
-        spans = split_spans(spans, tokens, n_removed, self.cfg)
+        """The online encoder reads what is left, the predictor fills the holes. tokens, spans (B, T) -> `Prediction`.
+
+        n_removed: most tokens removed in a row, by default the budget of `sample_spans`.
+        """
+        pad = self.cfg.pad
+        parts = split_spans(spans, tokens, n_removed or budget(tokens.size(1), self.cfg), self.cfg)
         with torch.no_grad():
-            target = self.forward_target(tokens, spans)
-        context, real, filled = self.forward_context(tokens, spans)
-        if self.cfg.target == "span":
-            return spans.pool @ filled.float(), target, spans.pool.sum(2) > 0, (context, real, filled, spans)
-        return filled, target, spans.pool.sum(1) > 0, (context, real, filled, spans)
+            target = self.forward_target(tokens, parts)
+        kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
+        real = kept != pad
+        context = self.encoder(kept, parts.context, real[:, None, None])                # (B, T-K, C)
+        keys = torch.cat((real, asked), dim=1)[:, None, None]                           # (B, 1, 1, T)
+        filled = self.predictor(context, parts.context, parts.removed, keys).float()    # (B, K, C)
+        missing = tokens.gather(1, parts.removed).masked_fill(~asked, -100)
+        return Prediction(parts.pool @ filled, target, parts.pool.sum(2) > 0, context, real, filled, missing)
 
     def pretrain_loss(self, tokens, spans):
         """Phase 1 (v1.1 section 3.1). tokens (B, T), spans (B, T) from `sample_spans` -> (loss, stats)."""
-        cfg = self.cfg
-        predicted, target, weight, (context, real, filled, parts) = self.predict(tokens, spans)
-        predicted, target, weight = predicted.flatten(0, 1).float(), target.flatten(0, 1).float(), weight.flatten()
-        latent = loss = latent_distance(predicted, target, weight, cfg.loss)
-        stats = dict(latent=latent, r2=r_squared(predicted.detach(), target, weight))
-        if cfg.sigreg or cfg.vicreg:        # on 512 tokens of the whole batch: across sequences, not within one
-            z = context.flatten(0, 1)[torch.multinomial(real.flatten().float(), 512, replacement=True)]
-            if cfg.sigreg:
-                stats["sigreg"] = sigreg(z)
-                loss = loss + cfg.sigreg * stats["sigreg"]
-            if cfg.vicreg:
-                stats["vicreg"] = vicreg(z)
-                loss = loss + cfg.vicreg * stats["vicreg"]
+        cfg, p = self.cfg, self.predict(tokens, spans)
+        predicted, target, weight = p.spans.flatten(0, 1), p.target.flatten(0, 1), p.weight.flatten()   # (B*S, C)
+        loss = latent_distance(predicted, target, weight, cfg.loss)
+        stats = dict(latent=loss, r2=r_squared(predicted, target, weight))
+        # on 512 tokens of the whole batch: across sequences, not within one
+        z = p.context.flatten(0, 1)[torch.multinomial(p.real.flatten().float(), 512, replacement=True)]     # (512, C)
+        for name, regulariser in ("sigreg", sigreg), ("vicreg", vicreg):
+            if weight := getattr(cfg, name):
+                stats[name] = regulariser(z)
+                loss = loss + weight * stats[name]
         if cfg.mlm:
-            missing = tokens.gather(1, parts.removed).masked_fill(parts.pool.sum(1) == 0, -100)     # (B, K)
-            logits = F.linear(norm(filled), self.encoder.embed.weight)                  # (B, K, V)
-            stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), missing.flatten())
+            logits = F.linear(norm(p.tokens), self.encoder.embed.weight)                # (B, K, V)
+            stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), p.missing.flatten())
             loss = loss + cfg.mlm * stats["mlm"]
-        return loss, stats
+        return loss, {name: value.detach() for name, value in stats.items()}
 
     @torch.no_grad()
     def ema_update(self, tau):
@@ -443,10 +460,9 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def energy(self, tokens, spans):
-        """Latent prediction error of each span, (B, S): low means that it fits its surroundings."""
-        n_removed = int((spans < self.cfg.max_spans).sum(1).max())
-        predicted, target, _, _ = self.predict(tokens, spans, n_removed)
-        return ((predicted - target) ** 2).mean(-1)
+        """Latent prediction error of the removed spans, (B,): low means that they fit what surrounds them."""
+        p = self.predict(tokens, spans, int((spans < self.cfg.max_spans).sum(1).max()))
+        return masked_mean(((p.spans - p.target) ** 2).mean(-1), p.weight, 1)
 
     # -- phase 2 -------------------------------------------------------------------------------------------------------
 
@@ -470,7 +486,7 @@ class TJEPA(nn.Module):
         thought = self.think(question, self.cfg.question_drop).latent.float()
         loss = F.mse_loss(thought, answer_latent)
         every = torch.ones(len(thought), dtype=torch.bool, device=thought.device)
-        return loss, dict(latent=loss, r2=r_squared(thought.detach(), answer_latent, every))
+        return loss, dict(latent=loss.detach(), r2=r_squared(thought.detach(), answer_latent, every))
 
     # -- phase 3 -------------------------------------------------------------------------------------------------------
 
@@ -488,7 +504,7 @@ class TJEPA(nn.Module):
         token = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), ignore_index=self.cfg.pad)
         # the latent head reads the state at BOS, before any answer token can leak in
         latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)
-        return alpha * latent + (1 - alpha) * token, dict(token=token, latent=latent)
+        return alpha * latent + (1 - alpha) * token, dict(token=token.detach(), latent=latent.detach())
 
     @torch.no_grad()
     def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):

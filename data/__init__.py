@@ -4,8 +4,10 @@ From files to batches: `load` reads a corpus, `Text.batch` draws rows from it. E
 A corpus is either the shipped facts (a folder that data/facts/prepare.py writes) or a student's own .txt, with or without
 question-answer pairs of their own.
 """
+import copy
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,14 +80,14 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def pack(tokenizer, texts, end=False, max_width=None, flag=""):
-    """Texts as a padded tensor (n, longest) of ids; end=True closes each with EOS. ValueError names what is too long."""
-    ids = [row + [tokenizer.eos] * end for row in tokenizer.encode_batch(texts)]
-    width = max(map(len, ids))
-    if max_width and width > max_width:
-        text = next(text for text, row in zip(texts, ids) if len(row) == width)
-        raise ValueError(f"'{text.strip()}' has {width} tokens, more than {flag}={max_width}: shorten it or raise {flag}")
-    return torch.tensor([row + [tokenizer.pad] * (width - len(row)) for row in ids])
+def pack(tokenizer, texts, limit, flag):
+    """Texts as a padded tensor (n, longest) of ids. ValueError names the text that has more than limit tokens."""
+    ids = tokenizer.encode_batch(texts)
+    longest = max(ids, key=len)
+    if len(longest) > limit:
+        raise ValueError(f"'{tokenizer.decode(longest).strip()}' has {len(longest)} tokens, more than {flag}={limit}: "
+                         "shorten it or raise the flag")
+    return torch.tensor([row + [tokenizer.pad] * (len(longest) - len(row)) for row in ids])
 
 
 def read_text(path):
@@ -163,3 +165,55 @@ def load(cfg, tokenizer=None):
     if cfg.qa:
         pairs = read_qa(cfg.qa, tokenizer, cfg.block_size, cfg.answer_size)
     return Corpus(tokenizer, train, val, pairs, cloze, values, fingerprint)
+
+
+class Questions:
+    """The corpus's questions as tensors: what is asked, which answer is right, and which answers compete with it."""
+
+    def __init__(self, rows, tokenizer, block_size, answer_size, device):
+        self.rows = rows
+        self.answers = sorted({row.answer for row in rows if row.split != "NEVER"})
+        number = {answer: i for i, answer in enumerate(self.answers)}
+        self.tokens = pack(tokenizer, [row.question for row in rows], block_size, "--block_size").to(device)    # (N, T)
+        # a leading space, so that an answer is cut into the same tokens as inside a sentence; EOS needs a place too
+        self.answer_tokens = pack(tokenizer, [" " + answer for answer in self.answers], answer_size - 1,
+                                  "--answer_size - 1").to(device)                                               # (A, L)
+        self.answer_of = torch.tensor([number.get(row.answer, 0) for row in rows], device=device)               # (N,)
+        relations = {name: i for i, name in enumerate(sorted({row.relation for row in rows}))}
+        values = torch.zeros(len(relations), len(self.answers), dtype=torch.bool)
+        for row in rows:
+            if row.split != "NEVER":
+                values[relations[row.relation], number[row.answer]] = True
+        self.rivals = values[[relations[row.relation] for row in rows]].to(device)                              # (N, A)
+
+    def where(self, *splits, phrasing=None):
+        """Numbers of the questions of some splits, (n,)."""
+        return torch.tensor([i for i, row in enumerate(self.rows) if row.split in splits
+                             and phrasing in (None, row.phrasing)], dtype=torch.long, device=self.tokens.device)
+
+    def only(self, phrasing):
+        """The same with the questions of one phrasing, if there are any: a quick look between two full evaluations."""
+        part, kept = copy.copy(self), self.where("DEC", "LAT", "TXT", "NEVER", phrasing=phrasing)
+        if len(kept):
+            part.rows = [self.rows[i] for i in kept]
+            part.tokens, part.answer_of, part.rivals = self.tokens[kept], self.answer_of[kept], self.rivals[kept]
+        return part
+
+
+def read_vectors(path, answers):
+    """A teacher's vectors of some answers, (A, D), from a .npz with `answers` (n strings) and `vectors` (n, D)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, vectors = file["answers"].tolist(), file["vectors"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--teacher={path}: {error}; give a .npz with `answers` (n strings) and `vectors` (n rows of "
+                         "numbers, all of one width)") from None
+    if vectors.ndim != 2 or len(names) != len(vectors) or vectors.dtype.kind not in "fiu":
+        raise ValueError(f"--teacher={path}: `vectors` must be {len(names)} rows of numbers of one width, "
+                         f"not {vectors.dtype} {vectors.shape}")
+    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+        raise ValueError(f"--teacher={path}: the vector of '{names[bad[0]]}' holds a value that is not finite: replace it")
+    row = {name: i for i, name in enumerate(names)}
+    if missing := [answer for answer in answers if answer not in row]:
+        raise ValueError(f"--teacher={path} lacks a vector for {len(missing)} answers, '{missing[0]}' for one: add them")
+    return torch.from_numpy(vectors[[row[answer] for answer in answers]]).float()

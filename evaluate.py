@@ -1,0 +1,187 @@
+"""
+What the figures mean: one definition each, in one place. And the picture that is drawn of them.
+
+r2      1 - MSE(prediction, target) / MSE(mean target, target): 0 knows the average only
+hit1    share of predicted span latents whose nearest target in the batch is their own; chance stands beside it
+cloze   share of held-out statements whose own answer has the lowest energy among all values that its relation takes
+r1, mrr rank of the answer's latent, seen from the thought, among the answers of its relation
+em      exact match of greedy speech, over-generation counts as wrong
+std, rank, cos, pos are `tjepa.latent_health`; auroc, abstain and threshold are in `abstention`.
+"""
+import torch
+
+import tjepa
+
+SPLITS = ("DEC", "LAT", "TXT")
+
+
+@torch.no_grad()
+def evaluate_text(run, rows=256):
+    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target's token latents."""
+    model = run.model
+    torch.manual_seed(0)                                                # the same rows and spans at every evaluation
+    tokens = run.corpus.val.batch(rows).to(run.device)
+    spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)
+    with run.autocast():
+        found = model.predict(tokens, spans)
+        latents = model.encode(tokens).float()
+    predicted, target = found.spans[found.weight], found.target[found.weight]                       # (n, C)
+    p, t = predicted[:2000], target[:2000]
+    own = torch.arange(len(p), device=run.device)
+    health = tjepa.latent_health(latents, tokens != model.cfg.pad)
+    return dict(val_r2=tjepa.r_squared(predicted, target, torch.ones(len(target), device=run.device)).item(), chance=1 / len(t),
+                hit1=(torch.cdist(p, t).argmin(1) == own).float().mean().item(), health=tjepa.health_word(health), **health)
+
+@torch.no_grad()
+def cloze(run, relation, size=512):
+    """Share of a relation's held-out statements whose own answer has the lowest energy among all the world's values."""
+    encode, values, right = run.corpus.tokenizer.encode, run.corpus.values[relation], []
+    for item in (item for item in run.corpus.cloze if item.relation == relation):
+        before, after = item.statement.split("{a}")
+        parts = [(encode(" " + before.rstrip()) if before else [], encode(" " + value), encode(after)) for value in values]
+        longest = max(len(value) for _, value, _ in parts)
+        width = max(sum(map(len, part)) for part in parts) + longest    # room for the slots that short values leave over
+        tokens = torch.full((len(values), width), run.corpus.tokenizer.pad)
+        spans = torch.full_like(tokens, run.model.cfg.max_spans)
+        for row, (a, b, c) in enumerate(parts):
+            tokens[row, :len(a + b + c)] = torch.tensor(a + b + c)
+            spans[row, len(a):len(a + b)] = 0
+        with run.autocast():
+            energy = torch.cat([run.model.energy(some, where) for some, where in
+                                zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
+        right.append(values[energy.argmin().item()] == item.answer)
+    return sum(right) / len(right)
+
+def cloze_capital(run):
+    """The cloze among all the capitals of the world and its chance, where the corpus has capitals."""
+    if "capital" not in run.corpus.values:
+        return {}
+    return dict(cloze_capital=cloze(run, "capital"), cloze_chance=1 / len(run.corpus.values["capital"]))
+
+@torch.no_grad()
+def think_all(run, tokens, size=1024):
+    """The thoughts of many questions (n, T), in batches: a `Thought` of n rows; no token latents if none are read."""
+    parts = []
+    for some in tokens.split(size):
+        with run.autocast():
+            thought = run.model.think(some)
+        kept = 0 if run.cfg.memory == "thought" else some.size(1)
+        parts.append(tjepa.Thought(thought.latent.float(), thought.tokens[:, :kept].float(), thought.real[:, :kept]))
+    return tjepa.Thought(*map(torch.cat, zip(*parts)))
+
+def by_split(questions, name, score):
+    """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
+    found = {}
+    for split in SPLITS:
+        for phrasing, tail in ("trained", ""), ("heldout", "_heldout"):
+            if len(which := questions.where(split, phrasing=phrasing)):
+                found[f"{name}_{split}{tail}"] = score[which].float().mean().item()
+    return found
+
+def recall(run, questions, table):
+    """R@1 and MRR of the thought among the answers of its relation, by split and phrasing; and `abstention`."""
+    thoughts = think_all(run, questions.tokens)
+    distance = torch.cdist(thoughts.latent, table)                                                  # (n, A)
+    rivals = distance.masked_fill(~questions.rivals, torch.inf)
+    rank = 1 + (rivals < rivals.gather(1, questions.answer_of[:, None])).sum(1)                     # (n,)
+    return (by_split(questions, "r1", rank == 1) | by_split(questions, "mrr", 1 / rank)
+            | abstention(questions, distance.amin(1)))
+
+def abstention(questions, distance):
+    """Distance of the thought to the nearest known concept, (n,), as a sign of not knowing.
+
+    threshold keeps 95 % of the DEC questions in held-out phrasing; abstain is the share of NEVER questions beyond it;
+    auroc is the chance that a NEVER question lies farther away than such a DEC question.
+    """
+    phrasing = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
+    known = distance[questions.where("DEC", phrasing=phrasing)]
+    found = dict(threshold=known.quantile(0.95).item())
+    if len(never := questions.where("NEVER", phrasing=phrasing)):
+        found["abstain"] = (distance[never] > found["threshold"]).float().mean().item()
+        found["auroc"] = (distance[never][:, None] > known).float().mean().item()
+    return found
+
+def say(run, thoughts, size=512):
+    """Greedy speech for a `Thought` of n rows: a list of n strings."""
+    said = []
+    for some in torch.arange(len(thoughts.latent), device=run.device).split(size):
+        with run.autocast():
+            ids = torch.stack(list(run.model.speak(thoughts.pick(some))), dim=1)                    # (n, L)
+        said += [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
+    return said
+
+def exact_match(run, questions, thoughts):
+    """EM by split and phrasing; and over DEC and LAT with each thought replaced by that of another question."""
+    def matches(thoughts):
+        said = say(run, thoughts)
+        return torch.tensor([words == row.answer for words, row in zip(said, questions.rows)], device=run.device)
+    torch.manual_seed(0)
+    shuffled = matches(thoughts.pick(torch.randperm(len(questions.rows), device=run.device)))
+    return (by_split(questions, "em", matches(thoughts))
+            | dict(em_shuffled=shuffled[questions.where("DEC", "LAT")].float().mean().item()))
+
+@torch.no_grad()
+def transcript(run, questions, table, threshold):
+    """One question of each split that is there, in a phrasing never trained on if there is one: lines to print."""
+    notes = dict(DEC="taught in latent space and as tokens", LAT="taught in latent space, never shown to the decoder as tokens",
+                 NEVER="its subject is invented, nothing knows it")
+    lines, questions = [], questions.only("heldout")
+    for split, note in notes.items():
+        if not len(which := questions.where(split)[:1]):
+            continue
+        thought = think_all(run, questions.tokens[which])
+        distance = torch.cdist(thought.latent, table).min().item()
+        answer = say(run, thought)[0] if distance <= threshold else "I don't know"
+        lines += [f"{split} ({note})", f"  > {questions.rows[which].question}",
+                  f"  {answer}   (nearest concept at {distance:.1f}, threshold {threshold:.1f})"]
+    return lines
+
+def summary(figures):
+    """The figures of a run as lines to print; what was not measured is left out."""
+    lines = []
+    if "val_r2" in figures:
+        lines.append(f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, rank {figures['rank']:.0f} of {figures['bound']} "
+                     f"(share {figures['rank'] / figures['bound']:.2f}), {figures['health']}" + (
+                         f", capital cloze {figures['cloze_capital']:.2f} (chance {figures['cloze_chance']:.3f})"
+                         if "cloze_capital" in figures else ""))
+    for name, title in ("r1", "distill: R@1 of the thought"), ("em", "speak: exact match"):
+        cells = [f"{split} {figures[f'{name}_{split}']:.3f}" + (
+            f" / {figures[f'{name}_{split}_heldout']:.3f}" if f"{name}_{split}_heldout" in figures else "")
+                 for split in SPLITS if f"{name}_{split}" in figures]
+        if cells:
+            lines.append(f"{title}, trained / held-out phrasing: {', '.join(cells)}")
+    if "em_shuffled" in figures:
+        lines.append(f"  with the memory shuffled: {figures['em_shuffled']:.3f}")
+    if "auroc" in figures:
+        lines.append(f"  NEVER: {figures['abstain']:.2f} answered \"I don't know\", AUROC {figures['auroc']:.2f}")
+    return lines
+
+
+def draw_curves(rows, phases, path):
+    """curves.png from the rows of metrics.csv: six panels over steps, the phases one after the other."""
+    import matplotlib               # here and not above: --help should not wait for it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    begin, total = {}, 0
+    for phase in phases:
+        begin[phase], total = total, total + max((row["step"] for row in rows if row["phase"] == phase), default=0)
+    panels = {"losses of the phases": ("latent", "token", "sigreg"), "R2: 0 knows the average only": ("r2", "val_r2"),
+              "std across sequences": ("std",), "rank of the target, and its bound": ("rank", "bound"),
+              "hit rate of spans, R@1 of answers": ("hit1", "chance", "r1_DEC_heldout", "r1_LAT_heldout"),
+              "exact match": ("em_DEC", "em_DEC_heldout", "em_LAT", "em_LAT_heldout", "em_TXT_heldout")}
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            at = [(row["step"] + begin[row["phase"]], row[name]) for row in rows if name in row]
+            if at:
+                axis.plot(*zip(*at), label=name, marker="." if len(at) < 20 else "", linewidth=1)
+                axis.legend(fontsize=7)
+        for phase in phases[1:]:
+            axis.axvline(begin[phase], color="0.8", zorder=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"step ({', then '.join(phases)})", fontsize=8)
+    axes[0, 0].set_yscale("log")
+    axes[0, 1].set_ylim(-0.2, 1)
+    figure.savefig(path.with_suffix(".part.png"), dpi=110)
+    plt.close(figure)
+    path.with_suffix(".part.png").replace(path)
