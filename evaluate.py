@@ -34,8 +34,12 @@ def evaluate_text(run, rows=256):
 
 @torch.no_grad()
 def cloze(run, relation, size=512):
-    """Share of a relation's held-out statements whose own answer has the lowest energy among all the world's values."""
-    encode, values, right = run.corpus.tokenizer.encode, run.corpus.values[relation], []
+    """Share of a relation's held-out statements whose own answer has the lowest energy: among the values that the text
+    knows (the relation's other answers), and among all values in the world, which the text of a small run never names.
+    """
+    encode, known = run.corpus.tokenizer.encode, {item.answer for item in run.corpus.cloze if item.relation == relation}
+    values = sorted(known) + sorted(set(run.corpus.values[relation]) - known)
+    right, right_all = [], []
     for item in (item for item in run.corpus.cloze if item.relation == relation):
         before, after = item.statement.split("{a}")
         parts = [(encode(" " + before.rstrip()) if before else [], encode(" " + value), encode(after)) for value in values]
@@ -49,14 +53,10 @@ def cloze(run, relation, size=512):
         with run.autocast():
             energy = torch.cat([run.model.energy(some, where) for some, where in
                                 zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
-        right.append(values[energy.argmin().item()] == item.answer)
-    return sum(right) / len(right)
-
-def cloze_capital(run):
-    """The cloze among all the capitals of the world and its chance, where the corpus has capitals."""
-    if "capital" not in run.corpus.values:
-        return {}
-    return dict(cloze_capital=cloze(run, "capital"), cloze_chance=1 / len(run.corpus.values["capital"]))
+        right.append(values[energy[:len(known)].argmin().item()] == item.answer)
+        right_all.append(values[energy.argmin().item()] == item.answer)
+    return {f"cloze_{relation}": sum(right) / len(right), f"cloze_{relation}_chance": 1 / len(known),
+            f"cloze_{relation}_all": sum(right_all) / len(right), f"cloze_{relation}_all_chance": 1 / len(values)}
 
 @torch.no_grad()
 def think_all(run, tokens, size=1024):
@@ -142,8 +142,9 @@ def summary(figures):
     if "val_r2" in figures:
         lines.append(f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, rank {figures['rank']:.0f} of {figures['bound']} "
                      f"(share {figures['rank'] / figures['bound']:.2f}), {figures['health']}" + (
-                         f", capital cloze {figures['cloze_capital']:.2f} (chance {figures['cloze_chance']:.3f})"
-                         if "cloze_capital" in figures else ""))
+                         f", capital by lowest energy {figures['cloze_capital']:.2f} (chance "
+                         f"{figures['cloze_capital_chance']:.3f}), among all of the world {figures['cloze_capital_all']:.2f} "
+                         f"({figures['cloze_capital_all_chance']:.3f})" if "cloze_capital" in figures else ""))
     for name, title in ("r1", "distill: R@1 of the thought"), ("em", "speak: exact match"):
         cells = [f"{split} {figures[f'{name}_{split}']:.3f}" + (
             f" / {figures[f'{name}_{split}_heldout']:.3f}" if f"{name}_{split}_heldout" in figures else "")

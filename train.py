@@ -7,16 +7,13 @@ Train a T-JEPA: flags -> corpus -> phases -> one training loop -> checkpoint, me
     python train.py --phase=speak --out=out/book                            let it speak
     python train.py --help                                            every flag, and what moves if it moves
 """
-import argparse
 import csv
 import dataclasses
-import difflib
-import inspect
+import io
 import json
 import math
 import os
 import pickle
-import re
 import signal
 import sys
 import time
@@ -30,6 +27,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import tjepa
+from flags import read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 1                      # of the checkpoint; raised when an older program could not read a newer file
@@ -88,51 +86,27 @@ PRESETS = dict(
     gpu=dict(facts="all", n_embd=384, n_head=6, n_layer=6, pred_embd=192, vocab_size=4096, batch_size=256,
              pretrain_steps=10000, distill_steps=4000, speak_steps=4000, ema_half_life=1000))
 RECIPES = dict(default={}, paper=dict(target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0, mlm=0.0))
-# what a run may not change once phase 1 has begun
-FIXED = ("data", "facts", "tokenizer", "block_size", "n_layer", "n_head", "n_embd", "pred_layer", "pred_embd", "top_k")
+# what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
+FIXED = ("data", "facts", "tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pred_layer", "pred_embd")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # flags
 
-def read_flags(kind, argv, prog):
-    """Flags of a dataclass: --name=value for each field, with the field's comment as its help. Returns those given."""
-    def typed(field):
-        if field.type is not bool:
-            return field.type
-        def boolean(text):
-            if text.lower() not in ("true", "false"):
-                raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-            return text.lower() == "true"
-        return boolean
-
-    notes = {}
-    for base in reversed(kind.__mro__[:-1]):
-        notes.update(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(base), re.MULTILINE))
-    parser = argparse.ArgumentParser(prog=prog, description=sys.modules[kind.__module__].__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(kind):
-        optional = dict(nargs="?", const=True) if field.type is bool else {}
-        parser.add_argument(f"--{field.name}", type=typed(field), metavar="", **optional,
-                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), vars(given) | notes, 1, 0)
-        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
-    return vars(given)
-
 def resolve(given):
     """The Config of a command line: defaults < preset < recipe < the run that is continued < what was given."""
-    base = {**PRESETS.get(given.get("preset", "tiny"), {}), **RECIPES.get(given.get("recipe", "default"), {})}
-    if given.get("resume") or given.get("phase") in ("distill", "speak"):
-        saved = load_checkpoint(given.get("out", Config.out))["config"]
-        for name in FIXED:
-            if name in given and given[name] != saved[name]:
-                raise ValueError(f"--{name}={given[name]}, but the run in --out={given.get('out', Config.out)} has "
-                                 f"{name}={saved[name]}: leave the flag out, or start another run with another --out")
-        base = {**saved, "resume": False}
-        base.pop("phase" if not given.get("resume") else None, None)
+    base, out = {}, given.get("out", Config.out)
+    if given.get("resume") or given.get("phase") in PHASES[1:]:
+        base = {**load_checkpoint(out)["config"], "resume": False}
+        same_run(out, base, given)
+    base |= PRESETS.get(given.get("preset"), {}) | RECIPES.get(given.get("recipe"), {})
     return Config(**{**base, **given})
+
+def same_run(out, saved, asked):
+    """ValueError if a config (or the flags given) asks for other weights than those of the run in out."""
+    for name in FIXED:
+        if name in asked and asked[name] != saved[name]:
+            raise ValueError(f"--{name}={asked[name]}, but the run in --out={out} has {name}={saved[name]}: leave the flag as "
+                             "it was, or start another run with another --out")
 
 def pick_device(cfg):
     """(device, autocast dtype or None), and a line that says why."""
@@ -154,9 +128,10 @@ def pick_device(cfg):
 
 def save_checkpoint(out, checkpoint):
     """Write to a temporary name, flush to the disk, rename: whatever happens, one whole checkpoint is there."""
-    path = Path(out) / "ckpt.pt"
+    path, buffer = Path(out) / "ckpt.pt", io.BytesIO()
+    torch.save(checkpoint, buffer)              # in memory first: a full disk is then an ordinary OSError
     with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     path.with_suffix(".part").replace(path)
@@ -211,7 +186,7 @@ class Log:
 
     COLUMNS = ["phase", "step", "tokens", "loss", "latent", "sigreg", "vicreg", "mlm", "token", "r2", "lr", "tau", "alpha",
                "grad", "tok_s", "val_r2", "std", "rank", "bound", "cos", "cos_centred", "pos", "hit1", "chance", "health",
-               "cloze_capital", "cloze_chance", *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em")
+               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")), *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em")
                                                   for split in evaluate.SPLITS for tail in ("", "_heldout")),
                "em_shuffled", "threshold", "abstain", "auroc"]
 
@@ -321,7 +296,8 @@ def pretrain(run):
     def loss_at(progress):
         tokens = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)
         return loss_of(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
-    return loss_at, lambda whole: evaluate.evaluate_text(run) | (evaluate.cloze_capital(run) if whole else {})
+    has_capitals = "capital" in run.corpus.values
+    return loss_at, lambda whole: evaluate.evaluate_text(run) | (evaluate.cloze(run, "capital") if whole and has_capitals else {})
 
 def standardise(model, latents):
     """A teacher's latents (n, D) in the units that thoughts have."""
@@ -397,27 +373,48 @@ def speak(run, questions, table):
 # ----------------------------------------------------------------------------------------------------------------------
 # a run
 
+def open_run(cfg, phases):
+    """The checkpoint that a run goes on from, or {} for a new one; ValueError where --out does not allow it."""
+    path = Path(cfg.out) / "ckpt.pt"
+    if not (cfg.resume or phases[0] != "pretrain"):
+        if path.exists():       # a run that is started over must not silently take the place of another one
+            same_run(cfg.out, load_checkpoint(cfg.out)["config"], dataclasses.asdict(cfg))
+            path.replace(path.with_name("ckpt.previous.pt"))
+            print(f"{path} is kept as {path.with_name('ckpt.previous.pt')}")
+        return {}
+    checkpoint = load_checkpoint(cfg.out)
+    phase, step, steps = checkpoint["phase"], checkpoint["step"], checkpoint["config"][f"{checkpoint['phase']}_steps"]
+    if cfg.resume:
+        if phase not in phases:
+            raise ValueError(f"--resume: the run in --out={cfg.out} stopped in phase {phase}: leave --phase={cfg.phase} out")
+    elif PHASES.index(phase) < PHASES.index(phases[0]) - 1:
+        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={cfg.out} holds {phase} only: "
+                         f"run --phase={PHASES[PHASES.index(phases[0]) - 1]} first")
+    elif PHASES.index(phase) < PHASES.index(phases[0]) and step < steps:
+        raise ValueError(f"--phase={phases[0]} needs the phase before it, and {phase} in --out={cfg.out} stopped at step "
+                         f"{step} of {steps}: run `python train.py --resume --out={cfg.out}` first")
+    return checkpoint
+
 def run(cfg):
     """Run the phases that cfg names; returns the newest value of every column of metrics.csv, as a dict.
 
     What the command line calls, and what an experiment calls: an arm is a Config. ValueError where cfg asks what can't be.
     """
-    out = Path(cfg.out)
-    checkpoint = load_checkpoint(cfg.out) if cfg.resume or cfg.phase in PHASES[1:] else {}
+    out, phases = Path(cfg.out), PHASES if cfg.phase == "all" else (cfg.phase,)
+    checkpoint = open_run(cfg, phases)
     device, dtype = pick_device(cfg)
     corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]) if checkpoint else None)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has read: take another --out")
-    phases = PHASES if cfg.phase == "all" else (cfg.phase,)
     questions = vectors = None
     if phases != ("pretrain",):
         if not corpus.qa:
             raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), or stop "
                              "after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
-        if cfg.teacher != "self" and "distill" in phases:
-            vectors = data.read_vectors(cfg.teacher, questions.answers)
-            cfg = dataclasses.replace(cfg, teacher_width=vectors.size(1))
+        if "distill" in phases:
+            vectors = None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, questions.answers)
+            cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
     # a phase that is started anew starts with fresh parts of its own
     fresh = [] if cfg.resume else dict(pretrain=[], distill=["W.", "decoder.", "concept_"], speak=["decoder."])[phases[0]]
     model = build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh).to(device)

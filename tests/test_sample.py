@@ -18,8 +18,8 @@ MAKERS = {"Octavia": "Škoda", "Clio": "Renault", "Golf": "Volkswagen", "Corolla
           "Roadster": "Tesla", "Swift": "Suzuki"}
 ANSWERS = sorted(set(MAKERS.values()))
 GOLF = ("--prompt=Golf?", "--always_answer")
-TEXT = "".join(f"The {colour} car number {n} went along the road past the old {place}.\n"
-               for n in range(20) for colour in ("red", "blue", "green") for place in ("house", "river"))
+TEXT = "".join(f"{car} number {n} went along the {colour} road past the old {place} ...\n" for n in range(2) for car in MAKERS
+               for colour in ("red", "blue", "green") for place in ("house", "river"))
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +251,11 @@ def test_a_device_that_is_not_there_is_named(runs, fails, monkeypatch):
 
 def test_without_a_run_it_says_how_to_make_one(fails, tmp_path):
     assert f"--out={tmp_path}: run `python train.py" in fails(f"--out={tmp_path}", "--prompt=Golf?")
+
+def test_a_damaged_run_is_named_by_where_it_is_now(runs, fails, tmp_path):
+    model = train.load_checkpoint(runs["speak"])["model"]
+    torch.save(train.load_checkpoint(runs["speak"]) | dict(model=dict(list(model.items())[:-1])), tmp_path / "ckpt.pt")
+    assert str(tmp_path) in fails(f"--out={tmp_path}", "--prompt=Golf?")
 
 @pytest.mark.parametrize("phase, flags, missing, works", [
     ("pretrain", ["--prompt=Golf?"], "distill", "[span]"), ("pretrain", [], "distill", "[span]"),

@@ -1,0 +1,39 @@
+"""Command-line flags from a dataclass: one flag a field, the field's comment is its help."""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line: sixty flags of usage would bury it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def boolean(text):
+    """true or false, as a flag's value."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
+
+
+def read_flags(kind, argv, prog):
+    """Flags of a dataclass: --name=value for each field, with the field's comment as its help. Returns those given."""
+    notes = {}
+    for base in reversed(kind.__mro__[:-1]):
+        notes.update(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(base), re.MULTILINE))
+    parser = Parser(prog=prog, description=sys.modules[kind.__module__].__doc__, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(kind):
+        optional = dict(nargs="?", const=True) if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar="", **optional,
+                            help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), vars(given) | notes, 1, 0)
+        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
+    return vars(given)

@@ -1,0 +1,356 @@
+"""Training as a whole: the three programs end to end on seconds of work, resuming, and what bad input does."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from tests.toy import FLAGS, PAIRS, write_corpus
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A text, pairs and a run through all three phases, shared by the tests that only read it."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder)
+    cfg = config(folder, "run")
+    return folder, cfg, train.run(cfg)
+
+
+def config(folder, name, **changes):
+    return train.Config(**{**FLAGS, "data": str(folder / "text.txt"), "qa": str(folder / "qa.tsv"),
+                           "out": str(folder / name), **changes})
+
+
+def weights(out):
+    return train.load_checkpoint(out)["model"]
+
+
+def fails(argv, capsys):
+    """Run train.py in this process; it must end with code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error
+    return lines[0]
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------
+
+def test_a_run_writes_its_four_files_and_learns(toy, draw):
+    folder, cfg, figures = toy
+    draw(train.load_checkpoint(cfg.out)["rows"], train.PHASES, folder / "run" / "curves.png")
+    assert {"ckpt.pt", "metrics.csv", "curves.png", "config.json"} <= set(os.listdir(cfg.out))
+    assert figures["r1_DEC"] > 0.9 and figures["em_DEC"] > 0.9 and figures["em_shuffled"] < 0.5
+    rows = list(csv.DictReader(open(folder / "run" / "metrics.csv")))
+    assert [row["phase"] for row in rows if row["step"] == "0"] == list(train.PHASES)
+    assert json.load(open(folder / "run" / "config.json"))["n_embd"] == FLAGS["n_embd"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(toy):
+    folder, cfg, _ = toy
+    changes = dict(phase="pretrain", pretrain_steps=3)
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        train.run(config(folder, name, seed=seed, **changes))
+    a, b, c = (weights(folder / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["encoder.embed.weight"], c["encoder.embed.weight"])
+
+
+@pytest.mark.parametrize("phase", train.PHASES)
+def test_resume_is_bit_exact(toy, phase, monkeypatch):
+    """Stop in the middle of a phase, resume: weights and metrics are those of the run that nobody stopped."""
+    folder, cfg, _ = toy
+    out, save, stop_at = folder / f"stopped_{phase}", train.save_checkpoint, 4
+
+    def save_and_die(where, checkpoint):
+        save(where, checkpoint)
+        if checkpoint["phase"] == phase and checkpoint["step"] == stop_at:
+            raise RuntimeError("pulled the plug")
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    with pytest.raises(RuntimeError, match="plug"):
+        train.run(config(folder, out.name, eval_every=stop_at))
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    train.main(["--resume", f"--out={out}", f"--eval_every={cfg.eval_every}"])
+    resumed, whole = weights(out), weights(cfg.out)
+    assert not [name for name in whole if not torch.equal(resumed[name], whole[name])]
+    steps = [(row["phase"], row["step"]) for row in csv.DictReader(open(out / "metrics.csv"))]
+    assert len(steps) == len(set(steps)) and steps[-1] == ("speak", str(cfg.speak_steps))
+
+
+def test_phases_one_by_one_continue_a_run(toy, capsys):
+    """pretrain on text alone, then the questions, then speech: three commands on one folder."""
+    folder, cfg, _ = toy
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    train.main([*flags, "--phase=pretrain", f"--data={folder / 'text.txt'}", f"--out={folder / 'steps'}"])
+    assert "--phase=distill" in capsys.readouterr().out
+    train.main(["--phase=distill", f"--qa={folder / 'qa.tsv'}", f"--out={folder / 'steps'}"])
+    train.main(["--phase=speak", f"--out={folder / 'steps'}", "--memory=both", "--n_slots=2"])
+    assert "em_DEC" in train.load_checkpoint(folder / "steps")["rows"][-1]
+
+
+def test_encoder_and_predictor_do_not_move_while_the_decoder_learns(toy):
+    folder, cfg, _ = toy
+    train.run(config(folder, "frozen", phase="pretrain"))
+    train.run(config(folder, "frozen", phase="distill"))
+    before = weights(folder / "frozen")
+    train.run(config(folder, "frozen", phase="speak"))
+    after = weights(folder / "frozen")
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("decoder."))
+    assert not torch.equal(before["decoder.embed.weight"], after["decoder.embed.weight"])
+
+
+def test_recipe_paper_is_the_paper(tmp_path):
+    cfg = train.resolve(dict(recipe="paper", data="x"))
+    assert (cfg.target, cfg.top_k, cfg.loss, cfg.target_norm) == ("span", 1, "mse", False)
+    assert cfg.sigreg == cfg.vicreg == cfg.mlm == 0
+
+
+@pytest.mark.parametrize("changes", [dict(loss="smooth_l1", vicreg=1.0), dict(loss="infonce", mlm=0.5), dict(target="token"),
+                                     dict(ema_half_life=0), dict(accum=2), dict(dtype="bf16"), dict(recipe="paper", top_k=1)])
+def test_every_objective_trains(toy, changes):
+    folder, *_ = toy
+    figures = train.run(config(folder, "objective", phase="pretrain", pretrain_steps=4, **changes))
+    assert np.isfinite(figures["loss"]) and figures["grad"] > 0
+
+
+def test_vectors_of_another_width_can_teach(toy):
+    """Any teacher: random vectors of width 20 go through W; the table in the checkpoint is standardised."""
+    folder, cfg, _ = toy
+    np.savez(folder / "vectors.npz", answers=[a for _, a in PAIRS], vectors=np.random.default_rng(0).normal(size=(len(PAIRS), 20)))
+    figures = train.run(config(folder, "taught", teacher=str(folder / "vectors.npz"), distill_steps=60))
+    concepts = train.load_checkpoint(folder / "taught")["concepts"]
+    assert concepts.shape[1] == 20 and torch.allclose(concepts.std(0), torch.ones(20), atol=1e-3)
+    assert figures["r1_DEC"] > 0.9
+
+
+def test_speech_needs_the_thought(toy):
+    """The grounding of phase 3: with the thought of another question the decoder says another answer."""
+    assert toy[2]["em_shuffled"] < 0.5 * toy[2]["em_DEC"]
+
+
+def test_starting_over_keeps_the_old_checkpoint(toy):
+    folder, *_ = toy
+    for seed in 0, 1:
+        train.run(config(folder, "twice", phase="pretrain", pretrain_steps=2, seed=seed))
+    old = torch.load(folder / "twice" / "ckpt.previous.pt", weights_only=True)
+    assert old["config"]["seed"] == 0
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag, words", [
+    ("--pretrain_step=5", "did you mean --pretrain_steps"), ("--n_embd=12.5", "n_embd"), ("--n_head=3", "multiple of 2 * n_head"),
+    ("--mask_ratio=0", "mask_ratio"), ("--mask_ratio=1", "mask_ratio"), ("--pretrain_lr=-1", "pretrain_lr"),
+    ("--pretrain_lr=nan", "pretrain_lr"), ("--dtype=fp16", "auto, fp32, bf16"), ("--phase=sing", "pretrain"),
+    ("--loss=l7", "smooth_l1"), ("--compile=perhaps", "neither true nor false"), ("--top_k=9", "n_layer"),
+    ("--data=nowhere.txt", "nowhere.txt"), ("--qa=nowhere.tsv", "nowhere.tsv"), ("--teacher=nowhere.npz", "nowhere.npz"),
+    ("--block_size=5000", "--block_size=5000")])
+def test_bad_flags_are_one_line_that_names_the_flag(toy, capsys, flag, words):
+    folder, cfg, _ = toy
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    assert words in fails([*flags, f"--data={cfg.data}", f"--qa={cfg.qa}", f"--out={folder / 'bad'}", flag], capsys)
+    assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "empty"), (b"  \n", "empty"), (b"good text \xff\xfe", "byte 10"), (b"good\0text", "position 4"),
+    (b"too short", "--block_size")])
+def test_bad_text_says_what_is_wrong_and_where(toy, capsys, content, words):
+    folder, *_ = toy
+    (folder / "bad.txt").write_bytes(content)
+    assert words in fails(["--phase=pretrain", f"--data={folder / 'bad.txt'}", f"--out={folder / 'bad'}"], capsys)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("Who?\n", "line 1: 0 tabs"), ("Who?\tme\nWhere?\t\n", "line 2: the answer is empty"), ("\tme\n", "line 1: the question"),
+    ("Who?\t" + "very long " * 40, "line 1"), ("\n\n", "holds no pair")])
+def test_bad_pairs_name_their_line(toy, capsys, content, words):
+    folder, cfg, _ = toy
+    (folder / "bad.tsv").write_text(content)
+    assert words in fails([f"--data={cfg.data}", f"--qa={folder / 'bad.tsv'}", "--block_size=32", f"--out={folder / 'bad'}"], capsys)
+
+
+def test_bad_vectors_are_refused(toy, capsys):
+    folder, cfg, _ = toy
+    names, good = [a for _, a in PAIRS], np.ones((len(PAIRS), 4))
+    nan = good.copy()
+    nan[2, 1] = np.nan
+    ragged = np.empty(len(PAIRS), dtype=object)
+    for answers, vectors, words in ((names[1:], good[1:], "lacks a vector"), (names, nan, names[2]), (names, good[1:], "rows"),
+                                    (names, ragged, "bad.npz")):
+        np.savez(folder / "bad.npz", answers=answers, vectors=vectors)
+        argv = [f"--data={cfg.data}", f"--qa={cfg.qa}", f"--teacher={folder / 'bad.npz'}", "--block_size=32",
+                f"--out={folder / 'bad'}"]
+        assert words in fails(argv, capsys)
+
+
+def test_phases_need_the_phase_before(toy, capsys):
+    folder, cfg, _ = toy
+    assert "no checkpoint" in fails(["--phase=distill", f"--out={folder / 'nothing'}"], capsys)
+    assert "no checkpoint" in fails(["--resume", f"--out={folder / 'nothing'}"], capsys)
+    train.run(config(folder, "read", phase="pretrain", pretrain_steps=2))
+    assert "run --phase=distill first" in fails(["--phase=speak", f"--out={folder / 'read'}"], capsys)
+    assert "give --qa" in fails(["--phase=distill", "--qa=", f"--out={folder / 'read'}"], capsys)
+    assert "give --qa" in fails([f"--data={cfg.data}", "--block_size=32", f"--out={folder / 'bad'}"], capsys)
+
+
+def test_a_folder_holds_one_run(toy, capsys):
+    """Another width, corpus or tokenizer in the same --out is refused, and the checkpoint stays as it was."""
+    folder, cfg, _ = toy
+    before = (folder / "run" / "ckpt.pt").read_bytes()
+    (folder / "other.txt").write_text((folder / "text.txt").read_text() + " more")
+    assert "n_embd" in fails(["--phase=speak", "--n_embd=64", f"--out={cfg.out}"], capsys)
+    assert "leave the flag" in fails([f"--data={cfg.data}", "--phase=pretrain", f"--out={cfg.out}"], capsys)
+    assert "data" in fails(["--phase=speak", f"--data={folder / 'other.txt'}", f"--out={cfg.out}"], capsys)
+    assert (folder / "run" / "ckpt.pt").read_bytes() == before
+
+
+def test_a_changed_text_is_noticed(toy, capsys):
+    folder, *_ = toy
+    (folder / "mine.txt").write_text((folder / "text.txt").read_text())
+    train.run(config(folder, "mine", data=str(folder / "mine.txt"), phase="pretrain", pretrain_steps=2))
+    (folder / "mine.txt").write_text((folder / "text.txt").read_text() + "A new end.")
+    assert "is not the text" in fails(["--resume", f"--out={folder / 'mine'}"], capsys)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo gotcha > gotcha",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "newer", "code", "other"])
+def test_damaged_and_foreign_checkpoints_are_refused(toy, capsys, damage, tmp_path, monkeypatch):
+    folder, cfg, _ = toy
+    monkeypatch.chdir(tmp_path)
+    good = (folder / "run" / "ckpt.pt").read_bytes()
+    path = tmp_path / "ckpt.pt"
+    if damage == "truncated":
+        path.write_bytes(good[:len(good) // 2])
+    elif damage == "corrupted":
+        path.write_bytes(bytes(1000) + good[1000:])
+    elif damage == "newer":
+        torch.save(dict(format=train.FORMAT + 1), path)
+    elif damage == "code":
+        torch.save(dict(format=1, config=Evil()), path)
+    else:
+        torch.save([1, 2, 3], path)
+    assert "ckpt.pt" in fails(["--resume", f"--out={tmp_path}"], capsys)
+    assert not (tmp_path / "gotcha").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(toy, capsys, monkeypatch):
+    folder, cfg, _ = toy
+    train.run(config(folder, "full", phase="pretrain", pretrain_steps=2))
+    before = (folder / "full" / "ckpt.pt").read_bytes()
+
+    def no_space(file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.os, "fsync", no_space)
+    assert "No space left" in fails(["--resume", "--pretrain_steps=4", f"--out={folder / 'full'}"], capsys)
+    assert (folder / "full" / "ckpt.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_and_says_what_to_lower(toy, capsys):
+    folder, cfg, _ = toy
+    out = folder / "nan"
+    with pytest.raises(ValueError, match="lower --pretrain_lr"):
+        train.run(config(folder, "nan", phase="pretrain", pretrain_lr=1e30, warmup=0.0))
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
+
+
+def test_gpt2_without_internet_says_which_file_to_put_where(toy, capsys, monkeypatch, tmp_path):
+    folder, cfg, _ = toy
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("requests.head", offline)
+    monkeypatch.setattr("requests.get", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    argv = ["--tokenizer=gpt2", "--phase=pretrain", f"--data={cfg.data}", f"--out={folder / 'gpt2'}"]
+    assert "TIKTOKEN_CACHE_DIR" in fails(argv, capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said(toy, capsys):
+    folder, cfg, _ = toy
+    assert "--device=cuda" in fails(["--device=cuda", "--phase=pretrain", f"--data={cfg.data}", f"--out={folder / 'gpu'}"], capsys)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(toy):
+    """A real process, a real signal: exit code 130, and a checkpoint from which it goes on."""
+    folder, cfg, _ = toy
+    argv = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in FLAGS.items()), "--phase=pretrain",
+            f"--data={cfg.data}", f"--out={folder / 'stopped'}", "--pretrain_steps=100000"]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (folder / "stopped" / "ckpt.pt").exists():
+        assert process.poll() is None
+    process.send_signal(2)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in error
+    assert train.load_checkpoint(folder / "stopped")["step"] > 0
+
+
+def test_help_lists_every_flag_with_its_reason(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in train.Config.__dataclass_fields__:
+        assert f"--{name}" in text
+    assert "collapses to a few dimensions" in text
+
+
+# -- the data ---------------------------------------------------------------------------------------------------------------
+
+def test_rows_end_at_the_end_of_their_document():
+    """No row crosses an EOS: no attention and no span across documents."""
+    class tok:
+        pad, eos = 90, 91
+    stream = np.array([1, 2, 3, 91, 4, 5, 91, *range(10, 30), 91], dtype=np.uint16)
+    text = data.Text(stream, 8, tok, "toy")
+    rows = text.rows(range(len(text.starts))).tolist()
+    assert rows[0] == [1, 2, 3] + [90] * 5 and rows[1] == [4, 5] + [90] * 6
+    assert rows[2] == list(range(10, 18)) and rows[-1] == list(range(22, 30)) and len(rows) == 2 + 13
+
+
+def test_lat_and_txt_facts_are_kept_from_the_decoder(toy):
+    """No echo holds both the subject and the answer of a fact that the decoder must not read."""
+    cfg = train.Config(block_size=64)
+    corpus = data.load(cfg)
+    run = train.Run(cfg, train.build(cfg, corpus.tokenizer), corpus, "cpu", None)
+    questions = data.Questions(corpus.qa, corpus.tokenizer, 64, 16, "cpu")
+    heard, _ = train.echoes(run, questions, 1000)
+    secret = {(row.subject, row.answer) for row in corpus.qa if row.split in ("LAT", "TXT")}
+    said = [corpus.tokenizer.decode(tokens.tolist()) for tokens in heard]
+    assert len(said) > 500 and not [s for s in said for subject, answer in secret if subject in s and answer in s]
+
+
+def test_splits_are_disjoint_and_held_out_phrasings_are_never_trained():
+    corpus = data.load(train.Config())
+    split_of = {}
+    for row in corpus.qa:
+        assert split_of.setdefault((row.subject, row.relation), row.split) == row.split
+    by = {phrasing: {row.question for row in corpus.qa if row.phrasing == phrasing} for phrasing in ("trained", "heldout")}
+    assert by["trained"] and by["heldout"] and not by["trained"] & by["heldout"]
+    text = corpus.tokenizer.decode(np.asarray(corpus.train.tokens).tolist())
+    assert not [row.subject for row in corpus.qa if row.split == "NEVER" and row.subject in text]
+    assert not [row.statement for row in corpus.cloze if row.statement.replace("{a}", row.answer) in text]
+
+
+def test_the_table_of_facts_is_as_large_and_varied_as_promised():
+    from data.facts.prepare import read_tsv
+    facts, templates = read_tsv("facts.tsv"), read_tsv("templates.tsv")
+    assert len(facts) >= 1500 and len({(s, r) for s, r, _ in facts}) == len(facts)
+    relations = {relation for _, relation, _ in facts}
+    assert len(relations) >= 10
+    for relation in relations:
+        count = {kind: sum(t[:2] == [relation, kind] for t in templates) for kind in ("statement", "question", "heldout")}
+        assert count["statement"] >= 8 and count["question"] + count["heldout"] >= 10 and count["heldout"] >= 2
