@@ -21,7 +21,8 @@ import torch
 import evaluate
 import tjepa
 from data import Tokenizer
-from train import PHASES, Config, Run, build, load_checkpoint, pick_device, read_flags
+from flags import read_flags
+from train import PHASES, Config, Run, build, load_checkpoint, pick_device
 
 
 @dataclasses.dataclass
@@ -124,8 +125,7 @@ def converse(session):
 
 def inspect_question(session, question):
     """Print the concepts nearest to the thought, and whether that is near enough to count as known."""
-    _, distance = think(session, question, "--inspect")
-    threshold = session.checkpoint["threshold"]
+    distance, threshold = think(session, question, "--inspect")[1], session.checkpoint["threshold"]
     print("distance  concept")
     for i in distance.argsort()[:session.flags.n].tolist():
         print(f"{distance[i]:8.2f}  {session.checkpoint['answers'][i]}")

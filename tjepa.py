@@ -1,13 +1,11 @@
-"""
-Text T-JEPA in one file: an encoder that learns by predicting latents, and a decoder that says what it thinks.
+"""Text T-JEPA in one file: an encoder that learns by predicting latents, and a decoder that says what it thinks.
 
-    phase 1  pretrain   the online encoder reads a text with spans removed; a predictor guesses, in latent space, what an
-                        EMA copy of the encoder (the target) makes of the missing spans      [v1.1 section 3.1]
+    phase 1  pretrain   the online encoder reads a text with spans removed; a predictor guesses, in latent space, what
+                        an EMA copy of the encoder (the target) makes of the missing spans         [v1.1 section 3.1]
     phase 2  distill    question -> encoder -> predictor -> thought; the thought is pulled to the answer's latent,
-                        as a teacher sees it. No answer token is ever produced               [v1.1 section 3.3]
-    phase 3  speak      encoder and predictor are frozen; a decoder cross-attends to the thought and learns to say it
-                                                                                             [v1.1 section 3.2]
-Read from top to bottom. Shape letters: B rows, T tokens, C n_embd, S spans, K removed tokens, M memory slots, D teacher width.
+                        as a teacher sees it. No answer token is ever produced                     [v1.1 section 3.3]
+    phase 3  speak      the rest is frozen; a decoder attends to the thought and learns to say it  [v1.1 section 3.2]
+Read from the top. B rows, T tokens, S spans, K removed tokens, M memory slots; widths C n_embd, P pred_embd, D teacher.
 """
 import math
 from copy import deepcopy
@@ -18,14 +16,12 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-
 def check(config, rules):
-    """ValueError with one sentence for the first field of config that breaks one of rules: (names, test, what it must be)."""
+    """ValueError with one sentence for the first field of config that breaks a rule (names, test, what it must be)."""
     for names, test, must in rules:
         for name in names.split():
             if not test(getattr(config, name)):
                 raise ValueError(f"--{name}={getattr(config, name)} must be {must}")
-
 
 @dataclass
 class Config:
@@ -56,37 +52,31 @@ class Config:
     noise: float = 0.3          # noise on the thoughts the decoder learns from: it must not need them exact
 
     def __post_init__(self):
-        heads = 2 * self.n_head         # rotary positions turn pairs of dimensions in every head
+        pairs = 2 * self.n_head         # rotary positions turn pairs of dimensions in every head
         check(self, (
-            ("vocab_size n_layer n_head n_embd pred_layer pred_embd dec_layer max_span top_k n_slots", lambda v: v >= 1, "1 or more"),
+            ("vocab_size n_layer n_head n_embd pred_layer pred_embd dec_layer max_span top_k n_slots",
+             lambda v: v >= 1, "1 or more"),
             ("block_size answer_size", lambda v: v >= 4, "4 or more"),
             ("sigreg vicreg mlm ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
-            ("n_embd pred_embd", lambda v: v % heads == 0, f"a multiple of 2 * n_head = {heads}"),
+            ("n_embd pred_embd", lambda v: v % pairs == 0, f"a multiple of 2 * n_head = {pairs}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
             ("target", ("span", "token").__contains__, "span or token"),
             ("loss", ("mse", "smooth_l1", "infonce").__contains__, "mse, smooth_l1 or infonce"),
             ("memory", ("tokens", "thought", "both").__contains__, "tokens, thought or both")))
 
-    # the four specials sit directly above the vocabulary, each with an id of its own
-    pad = property(lambda self: self.vocab_size - 4)
+    pad = property(lambda self: self.vocab_size - 4)    # the specials are the last ids, each with one of its own
     bos = property(lambda self: self.vocab_size - 3)
     eos = property(lambda self: self.vocab_size - 2)
-    mask = property(lambda self: self.vocab_size - 1)
     answer_width = property(lambda self: self.teacher_width or self.n_embd)
-    # masks are drawn until the budget is spent; twice the spans that would fill it leave room for overlaps
+    # so many spans are drawn: twice what would remove mask_ratio of the text, because they overlap
     max_spans = property(lambda self: 2 * math.ceil(self.block_size * self.mask_ratio / math.sqrt(self.max_span)))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the transformer
-
+# -- the transformer ---------------------------------------------------------------------------------------------------
 def rotary(size, dim):
-    """Table of cosines and sines, (size, 2, dim/2), for rotary positions (Su et al. 2021).
-
-    Why not learned positions: they are added to the latents, so the target contains them, and a predictor that knows
-    nothing but the position of a span explains half of the target's variance at initialisation.
-    """
+    """Cosines and sines, (size, 2, dim/2), for rotary positions (Su et al. 2021). Learned positions are added to the
+    latents, and so to the target: at initialisation, where a span is would explain half of the target's variance."""
     angle = torch.outer(torch.arange(size), 10000.0 ** (-torch.arange(0, dim, 2) / dim))        # (size, dim/2)
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
@@ -96,7 +86,6 @@ def rotate(x, rope):
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-
 def attend(q, k, v, **how):
     """scaled_dot_product_attention, on a CPU always in fp32: its bf16 backward was measured 20 times slower."""
     if q.device.type != "cpu":
@@ -104,10 +93,8 @@ def attend(q, k, v, **how):
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
 
-
 class Attention(nn.Module):
     """Multi-head attention: self or cross, causal or not, with padding mask and KV cache."""
-
     def __init__(self, n_embd, n_head):
         super().__init__()
         self.n_head = n_head
@@ -116,8 +103,7 @@ class Attention(nn.Module):
 
     def heads(self, x, n):
         """(B, T, n*C) -> n tensors (B, nh, T, hs)."""
-        B, T, _ = x.shape
-        return x.view(B, T, n, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return x.unflatten(-1, (n, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, rope=None, memory=None, mask=None, causal=False, cache=None):
         """x (B, T, C) -> (B, T, C). mask: bool (B, 1, 1, keys), True where a key may be read. cache: a dict or None."""
@@ -133,14 +119,11 @@ class Attention(nn.Module):
             k, v = (cache["k"], cache["v"]) if cache else self.heads(F.linear(memory, w_kv), 2)
         if cache is not None:
             cache["k"], cache["v"] = k, v
-        # a single query at the end of a cached text may read everything: no causal mask needed
-        y = attend(q, k, v, attn_mask=mask, is_causal=causal and T > 1)                 # (B, nh, T, hs)
+        y = attend(q, k, v, attn_mask=mask, is_causal=causal and T > 1)     # (B, nh, T, hs); the newest token reads all
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, cross-attention if there is a memory to read, MLP."""
-
     def __init__(self, n_embd, n_head, cross=False):
         super().__init__()
         self.norm_attn = nn.LayerNorm(n_embd, bias=False)
@@ -160,24 +143,20 @@ class Block(nn.Module):
             x = x + self.cross(self.norm_cross(x), memory=memory, mask=memory_mask, cache=cache_cross)
         return x + self.mlp(self.norm_mlp(x))
 
-
 def norm(x):
     """Layer norm without gain or bias: a learnable gain would be one more way to shrink the latents."""
     return F.layer_norm(x, x.shape[-1:])
 
-
 class Encoder(nn.Module):
     """Bidirectional transformer over the tokens that are there."""
-
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
-        # one position more than a text has: phase 2 asks for what follows a question
         self.register_buffer("rope", rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head), persistent=False)
 
     def forward(self, tokens, positions, mask=None, top_k=1):
-        """tokens, positions (B, T) or (T,) -> latents (B, T, C): the mean of the last top_k layers, each layer-normed."""
+        """tokens, positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, each layer-normed."""
         x, states = self.embed(tokens), []                              # (B, T, C)
         rope = self.rope[positions].unsqueeze(-4)                       # (B, 1, T, 2, hs/2), shared by the heads
         for block in self.blocks:
@@ -185,15 +164,12 @@ class Encoder(nn.Module):
             states.append(x)
         return sum(norm(h) for h in states[-top_k:]) / top_k
 
-# ----------------------------------------------------------------------------------------------------------------------
-# phase 1: remove spans, predict their latents
-
+# -- phase 1: remove spans, predict their latents ----------------------------------------------------------------------
 class Spans(NamedTuple):
     """Which tokens are there, which are missing, and which missing tokens belong together."""
     context: torch.Tensor   # (B, T-K) positions the online encoder sees
     removed: torch.Tensor   # (B, K) positions it does not see; surplus slots of short rows point at padding
-    pool: torch.Tensor      # (B, S, K) row s averages the removed tokens of span s; all zero where there is no such span
-
+    pool: torch.Tensor      # (B, S, K) row s averages the removed tokens of span s; zero if there is no such span
 
 class Prediction(NamedTuple):
     """Everything that the losses of phase 1 look at."""
@@ -205,18 +181,15 @@ class Prediction(NamedTuple):
     tokens: torch.Tensor    # (B, K, C) predicted latents of the removed tokens, one by one
     missing: torch.Tensor   # (B, K) ids of the removed tokens, -100 in surplus slots
 
-
 def budget(length, cfg):
     """How many of length tokens are removed."""
     return max(1, round(length * cfg.mask_ratio))
 
 def sample_spans(tokens, word_start, cfg):
-    """Draw variable spans (v1.1 section 3.1 "variable-span masking") for tokens (B, T).
-
-    Lengths are log-uniform from 1 to cfg.max_span tokens, widened to whole words: half a word gives the other half away.
+    """Draw the spans to remove from tokens (B, T) ("variable-span masking", v1.1 section 3.1).
+    Lengths are log-uniform from 1 to max_span tokens, widened to whole words: half a word gives the other half away.
     word_start: bool (vocab_size,), True for tokens that begin a word. Returns the span each token belongs to, (B, T):
-    0..S-1, or S for a token that stays. Each row loses mask_ratio of its real tokens, exactly: shapes stay static.
-    """
+    0..S-1, or S for a token that stays. Each row loses mask_ratio of its real tokens, exactly: shapes stay static."""
     (B, T), S = tokens.shape, cfg.max_spans
     t = torch.arange(T, device=tokens.device)
     real = tokens != cfg.pad                                                            # (B, T)
@@ -225,33 +198,27 @@ def sample_spans(tokens, word_start, cfg):
     first = torch.where(begins, t, 0).cummax(1).values                                  # start of the word t lies in
     after = torch.where(begins, t, T).flip(1).cummin(1).values.flip(1)                  # the next word start from t on
     start = (torch.rand(B, S, device=tokens.device) * length).long()                    # (B, S)
-    size = torch.exp(torch.rand(B, S, device=tokens.device) * math.log(cfg.max_span)).round().long()
-    stop = (start + size).clamp(max=T)
-    start, stop = first.gather(1, start), F.pad(after, (0, 1), value=T).gather(1, stop)     # widened to whole words
+    stop = start + torch.exp(torch.rand(B, S, device=tokens.device) * math.log(cfg.max_span)).round().long()
+    start, stop = first.gather(1, start), F.pad(after, (0, 1), value=T).gather(1, stop.clamp(max=T))    # whole words
     inside = (t >= start[:, :, None]) & (t < stop[:, :, None]) & real[:, None]          # (B, S, T)
-    spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)   # the first span to claim t
-    # spend the budget span by span; the last span may be cut short, and chance leftovers become one span more
+    spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)  # (B, T) first to claim t
+    # spend the budget span by span; the last may be cut short, and what chance leaves over becomes one span more
     turn = (spans * T + t).masked_fill(~real, S * T + T).argsort(1).argsort(1)          # (B, T) place in the queue
     removed = (turn < (length * cfg.mask_ratio).round().clamp(min=1)) & real
     return torch.where(removed, spans.clamp(max=S - 1), S)
 
 def split_spans(spans, tokens, n_removed, cfg):
     """Turn the span of each token, (B, T), into what the encoders index with: `Spans` with K = n_removed."""
-    order = torch.where(spans < cfg.max_spans, 0, torch.where(tokens == cfg.pad, 1, 2)) # removed, padding, the rest
-    order = order.argsort(dim=1, stable=True)                                           # (B, T), each part in text order
-    removed, context = order[:, :n_removed], order[:, n_removed:]
+    kind = torch.where(spans < cfg.max_spans, 0, torch.where(tokens == cfg.pad, 1, 2))  # removed, padding, the rest
+    removed, context = kind.argsort(dim=1, stable=True).tensor_split((n_removed,), 1)   # (B, K), (B, T-K) in text order
     member = F.one_hot(spans.gather(1, removed), cfg.max_spans + 1)[..., :-1].mT.float()            # (B, S, K)
     if cfg.target == "token":                           # every removed token is a span of its own
         member = torch.diag_embed(member.sum(1))                                                    # (B, K, K)
     return Spans(context, removed, member / member.sum(-1, keepdim=True).clamp(min=1))
 
-
 class Predictor(nn.Module):
     """A narrow transformer that reads the context latents and fills in queries (v1.1 section 3.1).
-
-    A query is one learned vector plus a position: it says where something is missing and nothing of what.
-    """
-
+    A query is one learned vector at a position: it says where something is missing and nothing of what."""
     def __init__(self, cfg):
         super().__init__()
         self.enter = nn.Linear(cfg.n_embd, cfg.pred_embd, bias=False)
@@ -263,16 +230,13 @@ class Predictor(nn.Module):
 
     def forward(self, context, context_pos, query_pos, mask=None):
         """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> predictions (B, K, C)."""
-        B, K = query_pos.shape
-        x = torch.cat((self.enter(context), self.query.expand(B, K, -1)), dim=1)        # (B, T+K, P)
+        x = torch.cat((self.enter(context), self.query.expand(*query_pos.shape, -1)), dim=1)        # (B, T+K, P)
         rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, 2, hs/2)
         for block in self.blocks:
             x = block(x, rope, mask=mask)
-        return self.leave(self.norm(x[:, -K:]))                                         # (B, K, C)
+        return self.leave(self.norm(x[:, context.size(1):]))                            # (B, K, C)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# phase 3: say it
-
+# -- phase 3: say it ---------------------------------------------------------------------------------------------------
 class Thought(NamedTuple):
     """What there is to say, before any word."""
     latent: torch.Tensor    # (B, D) the predicted latent of the answer, in the teacher's space
@@ -283,19 +247,14 @@ class Thought(NamedTuple):
         """The thoughts of some rows."""
         return Thought(*(part[rows] for part in self))
 
-
 class Decoder(nn.Module):
     """Causal transformer that cross-attends to a memory, with two heads (v1.1 section 3.2): tokens and latent.
-
-    It sees [BOS] and its own words, never the question: what it says about the question must come through the memory.
-    """
-
+    It sees [BOS] and its own words, never the question: what it says about that must come through the memory."""
     def __init__(self, cfg):
         super().__init__()
         C, D, M = cfg.n_embd, cfg.answer_width, cfg.n_slots
         self.kind, self.n_slots = cfg.memory, M
-        if cfg.memory != "tokens":
-            # attention over one key is a constant whatever the query: so one thought vector becomes M slots
+        if cfg.memory != "tokens":      # attention over one key is a constant: so one thought becomes M slots
             self.slots = nn.Linear(D, M * C)
         self.embed = nn.Embedding(cfg.vocab_size, C)
         self.blocks = nn.ModuleList(Block(C, cfg.n_head, cross=True) for _ in range(cfg.dec_layer))
@@ -316,16 +275,14 @@ class Decoder(nn.Module):
         return slots, real[:, None, None]
 
     def forward(self, tokens, memory, memory_mask, caches=None):
-        """tokens (B, T) -> states (B, T, C). With caches, tokens are the newest only and the past is remembered."""
+        """tokens (B, T) -> states (B, T, C). With caches, tokens are only the newest: the past is remembered."""
         past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
         x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, 2, hs/2)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, causal=True, memory=memory, memory_mask=memory_mask, cache=caches and caches[i])
         return self.norm(x)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the losses around the latents
-
+# -- the losses around the latents -------------------------------------------------------------------------------------
 def masked_mean(x, weight, dim):
     """Mean of x over dim(s), counting only what weight (0 or 1, broadcast to x) marks."""
     weight = weight.to(x.dtype).expand_as(x)
@@ -333,7 +290,7 @@ def masked_mean(x, weight, dim):
 
 def latent_distance(predicted, target, weight, kind):
     """Mean distance of (N, C) to (N, C) over the rows that weight (N,) marks."""
-    if kind == "infonce":       # tell your own target from the others of the batch: not in the papers, a known cure
+    if kind == "infonce":       # tell your own target from the batch's others: not in the papers, a known cure
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T / 0.1                       # (N, N)
         own = torch.arange(len(logits), device=logits.device).masked_fill(~weight, -100)
         return F.cross_entropy(logits.masked_fill(~weight, -torch.inf), own, ignore_index=-100)
@@ -348,14 +305,11 @@ def r_squared(predicted, target, weight):
 
 def sigreg(z, n_slices=64):
     """SIGReg (LeJEPA 2025): how far z (N, C) is from an isotropic Gaussian, along n_slices random directions.
-
     Epps-Pulley: compares the characteristic function of each slice with that of N(0, 1), on 17 points of [0, 3].
-    Divided by N: a perfect Gaussian scores 1.05 / N, a constant 0.402 whatever N.
-    """
+    Divided by N: a perfect Gaussian scores 1.05 / N, a constant 0.402 whatever N."""
     slices = F.normalize(torch.randn(z.size(1), n_slices, device=z.device), dim=0)      # (C, n_slices)
     t = torch.linspace(0, 3, 17, device=z.device)
-    weight = torch.full_like(t, 2 * 3 / 16)                                             # trapezoid, both halves
-    weight[[0, -1]] /= 2
+    weight = torch.tensor([1, *[2] * 15, 1], device=z.device) * 3 / 16                  # trapezoid rule, both halves
     gauss = torch.exp(-t ** 2 / 2)
     u = (z.float() @ slices)[..., None] * t                                             # (N, n_slices, 17)
     error = (u.cos().mean(0) - gauss) ** 2 + u.sin().mean(0) ** 2                       # (n_slices, 17)
@@ -368,29 +322,23 @@ def vicreg(z):
     variance = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return variance + (cov - cov.diagonal().diag()).pow(2).sum() / z.size(1) / 25
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the whole
-
+# -- the whole ---------------------------------------------------------------------------------------------------------
 class TJEPA(nn.Module):
-    """Encoder, EMA target, predictor, projection W and decoder; a loss for each phase; think, then speak."""
-
+    """Encoder, EMA target, predictor, decoder; W: d_s -> d_t (v1.1 section 3.3). word_start as in `sample_spans`."""
     def __init__(self, cfg, word_start):
-        """word_start: bool (vocab_size,), True for tokens that begin a word (spans are widened to whole words)."""
         super().__init__()
         self.cfg = cfg
         self.encoder, self.predictor, self.decoder = Encoder(cfg), Predictor(cfg), Decoder(cfg)
-        # W: d_s -> d_t (v1.1 section 3.3). The model's own target encoder shares our space: there W is the identity
-        self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()
+        self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()  # own: same space
         self.apply(self.init_weights)
         self.target = deepcopy(self.encoder).requires_grad_(False)      # after the init: it starts as an exact copy
         self.register_buffer("word_start", torch.as_tensor(word_start), persistent=False)
-        # the teacher's latents are standardised per dimension; set once, at the start of phase 2
-        self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))
-        self.register_buffer("concept_std", torch.ones(cfg.answer_width))
+        self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))     # phase 2 begins by setting these:
+        self.register_buffer("concept_std", torch.ones(cfg.answer_width))       # a teacher's latents, standardised
 
     @staticmethod
     def init_weights(module):
-        """Variance-preserving for any width; with GPT-2's fixed 0.02 narrow models took many times longer to learn a fact."""
+        """Variance-preserving at any width: with GPT-2's fixed 0.02 narrow models took many times longer to learn."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             if module.bias is not None:
@@ -404,7 +352,6 @@ class TJEPA(nn.Module):
                 "speak": [self.decoder]}[phase]
 
     # -- phase 1 -------------------------------------------------------------------------------------------------------
-
     def encode(self, tokens):
         """tokens (B, T) -> latents (B, T, C). The one function that anything downstream uses for representations."""
         mask = (tokens != self.cfg.pad)[:, None, None]                                  # (B, 1, 1, T)
@@ -419,20 +366,16 @@ class TJEPA(nn.Module):
         latents = self.encode(tokens)                                                   # (B, T, C)
         latents = latents.gather(1, parts.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
         latents = parts.pool @ latents.float()                                          # (B, S, C)
-        # the mean of a long span is shorter than that of a short one: without the norm length would weigh the loss
-        return norm(latents) if self.cfg.target_norm else latents
+        return norm(latents) if self.cfg.target_norm else latents   # else long spans, with short means, weigh less
 
     def predict(self, tokens, spans, n_removed=None):
         """The online encoder reads what is left, the predictor fills the holes. tokens, spans (B, T) -> `Prediction`.
-
-        n_removed: most tokens removed in a row, by default the budget of `sample_spans`.
-        """
-        pad = self.cfg.pad
+        n_removed: most tokens removed in a row, by default the budget of `sample_spans`."""
         parts = split_spans(spans, tokens, n_removed or budget(tokens.size(1), self.cfg), self.cfg)
         with torch.no_grad():
             target = self.forward_target(tokens, parts)
         kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
-        real = kept != pad
+        real = kept != self.cfg.pad
         context = self.encoder(kept, parts.context, real[:, None, None])                # (B, T-K, C)
         keys = torch.cat((real, asked), dim=1)[:, None, None]                           # (B, 1, 1, T)
         filled = self.predictor(context, parts.context, parts.removed, keys).float()    # (B, K, C)
@@ -445,12 +388,12 @@ class TJEPA(nn.Module):
         predicted, target, weight = p.spans.flatten(0, 1), p.target.flatten(0, 1), p.weight.flatten()   # (B*S, C)
         loss = latent_distance(predicted, target, weight, cfg.loss)
         stats = dict(latent=loss, r2=r_squared(predicted, target, weight))
-        # on 512 tokens of the whole batch: across sequences, not within one
+        # 512 tokens drawn from the whole batch: spread out across sequences, not within one
         z = p.context.flatten(0, 1)[torch.multinomial(p.real.flatten().float(), 512, replacement=True)]     # (512, C)
         for name, regulariser in ("sigreg", sigreg), ("vicreg", vicreg):
-            if weight := getattr(cfg, name):
+            if pull := getattr(cfg, name):
                 stats[name] = regulariser(z)
-                loss = loss + weight * stats[name]
+                loss = loss + pull * stats[name]
         if cfg.mlm:
             logits = F.linear(norm(p.tokens), self.encoder.embed.weight)                # (B, K, V)
             stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), p.missing.flatten())
@@ -469,12 +412,9 @@ class TJEPA(nn.Module):
         return masked_mean(((p.spans - p.target) ** 2).mean(-1), p.weight, 1)
 
     # -- phase 2 -------------------------------------------------------------------------------------------------------
-
     def think(self, question, drop=0.0):
-        """question (B, T), padded on the right -> `Thought`: the predictor asked for what would follow the question.
-
-        The same operation as in phase 1, with one query, at the next position. drop: share of question tokens left out.
-        """
+        """question (B, T), padded on the right -> `Thought`: the predictor is asked for what would follow the question,
+        as in phase 1, but one query, at the next position (so rope has a row more). drop: share of tokens left out."""
         real = question != self.cfg.pad                                                 # (B, T)
         next_pos = real.sum(1, keepdim=True)                                            # (B, 1)
         if drop:
@@ -488,85 +428,67 @@ class TJEPA(nn.Module):
     def distill_loss(self, question, answer_latent):
         """Phase 2 (v1.1 section 3.3): MSE(W L_p, L_a). question (B, T), answer_latent (B, D) -> (loss, stats)."""
         thought = self.think(question, self.cfg.question_drop).latent.float()
-        loss = F.mse_loss(thought, answer_latent)
-        every = torch.ones(len(thought), dtype=torch.bool, device=thought.device)
+        loss, every = F.mse_loss(thought, answer_latent), torch.ones_like(thought[:, 0])
         return loss, dict(latent=loss.detach(), r2=r_squared(thought.detach(), answer_latent, every))
 
     # -- phase 3 -------------------------------------------------------------------------------------------------------
-
     def speak_loss(self, thought, answer, answer_latent, alpha):
-        """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token; alpha = 0 is v2.0's single objective.
-
-        thought: a `Thought` (its encoder is frozen, so it may come from a cache), answer (B, A) ending in EOS and padding,
-        answer_latent (B, D). Returns (loss, stats).
-        """
+        """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token, v2.0: alpha = 0. A thought may be kept:
+        its encoder is frozen. answer (B, A) ends in EOS and padding, answer_latent (B, D). Returns (loss, stats)."""
         noisy = thought.latent + self.cfg.noise * torch.randn_like(thought.latent)
         memory, mask = self.decoder.memory(thought._replace(latent=noisy))
         said = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)                        # (B, A): BOS, then the answer
         states = self.decoder(said, memory, mask)                                       # (B, A, C)
         logits = self.decoder.token_head(states)                                        # (B, A, V)
         token = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), ignore_index=self.cfg.pad)
-        # the latent head reads the state at BOS, before any answer token can leak in
-        latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)
+        latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)  # at BOS: no word leaks in
         return alpha * latent + (1 - alpha) * token, dict(token=token.detach(), latent=latent.detach())
 
     @torch.no_grad()
     def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):
-        """Say a `Thought` of B rows: yields (B,) token ids at a time, PAD after a row's EOS, until every row has ended."""
+        """Say a `Thought` of B rows: yields (B,) token ids at a time, PAD after a row's EOS, until all have ended."""
         memory, mask = self.decoder.memory(thought)
         caches = [({}, {}) for _ in self.decoder.blocks]
         token = torch.full((len(memory),), self.cfg.bos, device=memory.device)          # (B,)
         ended = torch.zeros_like(token, dtype=torch.bool)
         for _ in range(self.cfg.answer_size):
-            states = self.decoder(token[:, None], memory, mask, caches)                 # (B, 1, C)
-            token = pick(self.decoder.token_head(states[:, -1]).float(), temperature, top_k, top_p)
-            token = token.masked_fill(ended, self.cfg.pad)
+            logits = self.decoder.token_head(self.decoder(token[:, None], memory, mask, caches)[:, -1])     # (B, V)
+            token = pick(logits.float(), temperature, top_k, top_p).masked_fill(ended, self.cfg.pad)
             yield token
             ended = ended | (token == self.cfg.eos)
             if ended.all():
                 return
 
-
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0):
-    """Next token ids (B,) from logits (B, V): greedy at temperature 0, else sampled from the top_k / top_p candidates."""
+    """Next token ids (B,) from logits (B, V): greedy at temperature 0, else drawn from the top_k / top_p candidates."""
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
-    probs = F.softmax(logits / temperature, dim=-1)
-    ranked, order = probs.sort(descending=True)
+    ranked, order = F.softmax(logits / temperature, dim=-1).sort(descending=True)
     ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)     # the smallest set that holds top_p
     return order.gather(1, torch.multinomial(ranked, 1))[:, 0]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the collapse panel: a falling latent loss says nothing without it
-
+# -- the collapse panel: a falling latent loss says nothing without it -------------------------------------------------
 @torch.no_grad()
 def latent_health(z, real):
-    """Is there anything left in these latents? z (B, T, C), real bool (B, T) -> dict of floats.
-
+    """Is there anything left in these latents? z (B, T, C), real bool (B, T) -> dict of floats:
     pos   share of the variance that position alone explains (measured first, then removed from z)
     std   mean over dimensions of the standard deviation across sequences
     rank  RankMe: exp of the entropy of the centred singular values; bound: min(N-1, C)
-    cos   mean pairwise cosine, raw, and cos_centred after removing the mean: near 1 raw is a cone, a common offset
-    """
-    z, weight = z.double(), real[..., None].double()
-    flat = z[real]                                                                      # (N, C)
-    at_pos = (z * weight).sum(0) / weight.sum(0).clamp(min=1)                           # (T, C) mean at each position
-    content = (z - at_pos)[real]                                                        # (N, C)
-    total = ((flat - flat.mean(0)) ** 2).sum()
-    pos = 1 - (content ** 2).sum() / total.clamp(min=1e-12)
-    content = content[:8192]                # ten times the widest preset: enough for RankMe
+    cos   mean pairwise cosine, raw: near 1 is a cone, a common offset; cos_centred: after removing the mean"""
+    z = z.double()
+    flat, content = z[real], (z - masked_mean(z, real[..., None], 0))[real]             # (N, C), less position's mean
+    pos = 1 - (content ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum().clamp(min=1e-12)
+    content = content[:8192]                # twenty times the widest preset: enough for RankMe
     s = torch.linalg.svdvals(content - content.mean(0))
     p = s / s.sum().clamp(min=1e-12) + 1e-12
-    n = len(flat)
-
-    def cosine(x):
-        mean = F.normalize(x, dim=-1).mean(0)
-        return (n * (mean @ mean) - 1) / (n - 1)            # all pairs but the n with themselves
+    def cosine(x):                          # mean over all pairs but the n with themselves
+        mean, n = F.normalize(x, dim=-1).mean(0), len(x)
+        return ((n * (mean @ mean) - 1) / (n - 1)).item()
     return dict(std=content.std(0).mean().item(), rank=torch.exp(-(p * p.log()).sum()).item(),
-                bound=min(len(content) - 1, z.size(-1)), cos=cosine(flat).item(),
-                cos_centred=cosine(flat - flat.mean(0)).item(), pos=pos.item())
+                bound=min(len(content) - 1, z.size(-1)), cos=cosine(flat), cos_centred=cosine(flat - flat.mean(0)),
+                pos=pos.item())
 
 def health_word(health):
     """One word for the bar: healthy, shrinking or collapsed."""

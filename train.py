@@ -31,7 +31,7 @@ from flags import read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 1                      # of the checkpoint; raised when an older program could not read a newer file
-
+INTERRUPTED = []                # filled by Ctrl-C; the loop looks at it between two steps, so that a step is whole
 
 @dataclasses.dataclass
 class Config(tjepa.Config):
@@ -78,20 +78,17 @@ class Config(tjepa.Config):
             ("accum", lambda v: v <= min(self.batch_size, self.qa_batch_size), "at most the batch sizes"),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
-
-PRESETS = dict(
-    tiny={},
-    laptop=dict(facts="all", n_embd=192, n_head=6, pred_embd=96, vocab_size=4096, batch_size=64,
-                pretrain_steps=3000, distill_steps=2000, speak_steps=2500, ema_half_life=400),
-    gpu=dict(facts="all", n_embd=384, n_head=6, n_layer=6, pred_embd=192, vocab_size=4096, batch_size=256,
-             pretrain_steps=10000, distill_steps=4000, speak_steps=4000, ema_half_life=1000))
-RECIPES = dict(default={}, paper=dict(target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0, mlm=0.0))
+PRESETS = dict(tiny={}, laptop=dict(
+    facts="all", n_embd=192, n_head=6, pred_embd=96, vocab_size=4096, batch_size=64,
+    pretrain_steps=3000, distill_steps=2000, speak_steps=2500, ema_half_life=400), gpu=dict(
+    facts="all", n_embd=384, n_head=6, n_layer=6, pred_embd=192, vocab_size=4096, batch_size=256,
+    pretrain_steps=10000, distill_steps=4000, speak_steps=4000, ema_half_life=1000))
+RECIPES = dict(default={}, paper=dict(target="span", top_k=1, target_norm=False, loss="mse",
+                                      sigreg=0.0, vicreg=0.0, mlm=0.0))
 # what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
-FIXED = ("data", "facts", "tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "pred_layer", "pred_embd")
+FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd".split())
 
-# ----------------------------------------------------------------------------------------------------------------------
-# flags
-
+# -- from flags to a Config --------------------------------------------------------------------------------------------
 def resolve(given):
     """The Config of a command line: defaults < preset < recipe < the run that is continued < what was given."""
     base, out = {}, given.get("out", Config.out)
@@ -105,8 +102,8 @@ def same_run(out, saved, asked):
     """ValueError if a config (or the flags given) asks for other weights than those of the run in out."""
     for name in FIXED:
         if name in asked and asked[name] != saved[name]:
-            raise ValueError(f"--{name}={asked[name]}, but the run in --out={out} has {name}={saved[name]}: leave the flag as "
-                             "it was, or start another run with another --out")
+            raise ValueError(f"--{name}={asked[name]}, but the run in --out={out} has {name}={saved[name]}: leave the "
+                             "flag as it was, or start another run with another --out")
 
 def pick_device(cfg):
     """(device, autocast dtype or None), and a line that says why."""
@@ -114,18 +111,15 @@ def pick_device(cfg):
     if cfg.device != "auto" and not has[cfg.device]:
         raise ValueError(f"--device={cfg.device}: this machine has none that torch can use; take --device=auto or cpu")
     device = next(name for name in has if has[name]) if cfg.device == "auto" else cfg.device
-    fast = dict(cuda=has["cuda"] and torch.cuda.is_bf16_supported(), mps=False,
-                cpu=torch.cpu._is_amx_tile_supported())[device]
+    fast = dict(cuda=torch.cuda.is_bf16_supported, cpu=torch.cpu._is_amx_tile_supported, mps=bool)[device]()
     bf16 = fast if cfg.dtype == "auto" else cfg.dtype == "bf16"
-    why = {"cuda": "a GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[device]
+    why = dict(cuda="a GPU is there", mps="an Apple GPU is there", cpu="no GPU is there")[device]
     print(f"device {device} ({why if cfg.device == 'auto' else 'as asked'}), "
           f"{'bf16 autocast' if bf16 else 'fp32'} ({'faster here at this width' if fast else 'no gain from bf16 here'}"
           f"{'' if cfg.dtype == 'auto' else ', as asked'})")
     return device, torch.bfloat16 if bf16 else None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
+# -- checkpoints, and the model that fits one --------------------------------------------------------------------------
 def save_checkpoint(out, checkpoint):
     """Write to a temporary name, flush to the disk, rename: whatever happens, one whole checkpoint is there."""
     path, buffer = Path(out) / "ckpt.pt", io.BytesIO()
@@ -162,9 +156,8 @@ class Run(NamedTuple):
         """bf16 where --dtype says so."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
-
 def build(cfg, tokenizer, weights=None, fresh=()):
-    """A model for cfg, by its seed; with weights of a checkpoint, those, but for parts whose names begin with one of fresh."""
+    """A model for cfg by its seed, with the weights of a checkpoint but for the names that begin with one of fresh."""
     torch.manual_seed(cfg.seed)
     model = tjepa.TJEPA(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size), tokenizer.word_start)
     if weights:
@@ -174,21 +167,18 @@ def build(cfg, tokenizer, weights=None, fresh=()):
         except RuntimeError:        # a size differs
             missing, extra = [], ["size"]
         if extra or any(not name.startswith(tuple(fresh)) for name in missing):
-            raise ValueError(f"the run in --out={cfg.out} has another shape than these flags ask for: leave the flags that "
-                             "shape the model as they were, or take another --out")
+            raise ValueError(f"the run in --out={cfg.out} has another shape than these flags ask for: leave the flags "
+                             "that shape the model as they were, or take another --out")
     return model
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the one training loop
-
+# -- the one training loop ---------------------------------------------------------------------------------------------
 class Log:
     """metrics.csv, one row a log step. A resumed run cuts the file back to the rows of its checkpoint and goes on."""
-
-    COLUMNS = ["phase", "step", "tokens", "loss", "latent", "sigreg", "vicreg", "mlm", "token", "r2", "lr", "tau", "alpha",
-               "grad", "tok_s", "val_r2", "std", "rank", "bound", "cos", "cos_centred", "pos", "hit1", "chance", "health",
-               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")), *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em")
-                                                  for split in evaluate.SPLITS for tail in ("", "_heldout")),
-               "em_shuffled", "threshold", "abstain", "auroc"]
+    COLUMNS = [*("phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
+                 "val_r2 std rank bound cos cos_centred pos hit1 chance health").split(),
+               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")),
+               *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em") for split in evaluate.SPLITS
+                 for tail in ("", "_heldout")), "em_shuffled", "threshold", "abstain", "auroc"]
 
     def __init__(self, out, rows):
         self.path, self.rows = Path(out) / "metrics.csv", []
@@ -207,7 +197,6 @@ class Log:
         """The newest value of each column: what a run returns."""
         return {name: value for row in self.rows for name, value in row.items()}
 
-
 def groups(parts, weight_decay):
     """Parameter groups of AdamW: decay for matrices, none for norms, biases, embeddings and the query vector."""
     named = [(name, p) for part in parts for name, p in part.named_parameters()]
@@ -215,20 +204,24 @@ def groups(parts, weight_decay):
     rest = [p for name, p in named if p.dim() < 2 or "embed" in name]
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
+def optimizer_for(run, phase, state):
+    """AdamW for the parts that a phase trains, from its saved state if there is one; every other part is frozen."""
+    parts = run.model.trained_in(phase)
+    for part in run.model.children():
+        part.requires_grad_(part in parts)
+    optimizer = torch.optim.AdamW(groups(parts, run.cfg.weight_decay), lr=getattr(run.cfg, f"{phase}_lr"),
+                                  betas=(0.9, 0.98), fused=True)
+    if state:
+        optimizer.load_state_dict(state)
+    return optimizer
+
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     """Train the parts that a phase trains, from step start on. Every phase and every control goes through here.
-
     loss_at(progress) -> (loss, stats) draws its own batch; measure(whole) -> dict of figures, whole at the end;
-    save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number.
-    """
-    cfg, model = run.cfg, run.model
+    save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number."""
+    cfg, model, optimizer = run.cfg, run.model, optimizer_for(run, phase, optimizer_state)
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
     tau = 0.5 ** (1 / cfg.ema_half_life) if cfg.ema_half_life else 0.0
-    for part in model.children():
-        part.requires_grad_(part in model.trained_in(phase))
-    optimizer = torch.optim.AdamW(groups(model.trained_in(phase), cfg.weight_decay), lr=peak, betas=(0.9, 0.98), fused=True)
-    if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
@@ -263,31 +256,25 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         if phase == "pretrain":
             model.ema_update(tau)
         bar.update()
-
         done, stop = step + 1, bool(INTERRUPTED)
         evaluated = done == steps or done % cfg.eval_every == 0 or stop
         if evaluated or done % 20 == 0:         # the only place where the loop waits for the device
             if not math.isfinite(loss.item() + grad.item()):
-                raise ValueError(f"the loss of {phase} is no longer a number at step {done}: lower --{phase}_lr={peak} or "
-                                 f"--clip={cfg.clip}; --resume goes on from the last good checkpoint in --out={cfg.out}")
+                raise ValueError(f"the loss of {phase} is no longer a number at step {done}: lower --{phase}_lr={peak} "
+                                 f"or --clip={cfg.clip}; --resume goes on from the last good checkpoint "
+                                 f"in --out={cfg.out}")
             row = dict(phase=phase, step=done, tokens=done * per_step, loss=loss.item(), lr=lr, grad=grad.item(),
                        tok_s=(done - last) * per_step / (time.perf_counter() - since),
                        **{name: float(value) for name, value in stats.items()})
-            if phase == "pretrain":
-                row["tau"] = tau
-            if evaluated:
-                figures = measure(done == steps)
+            row |= dict(tau=tau) if phase == "pretrain" else {}
+            figures = measure(done == steps) if evaluated else figures
             report(row, evaluated)
             since, last = time.perf_counter(), done
         if stop:
             raise KeyboardInterrupt
     bar.close()
 
-INTERRUPTED = []    # filled by Ctrl-C; the loop looks at it between two steps, so that a step is whole or not at all
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the phases: where a batch comes from, and what is measured
-
+# -- the phases: where a batch comes from, and what is measured --------------------------------------------------------
 def pretrain(run):
     """Phase 1: (loss_at, measure)."""
     model, cfg = run.model, run.cfg
@@ -296,8 +283,8 @@ def pretrain(run):
     def loss_at(progress):
         tokens = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)
         return loss_of(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
-    has_capitals = "capital" in run.corpus.values
-    return loss_at, lambda whole: evaluate.evaluate_text(run) | (evaluate.cloze(run, "capital") if whole and has_capitals else {})
+    cloze = evaluate.cloze if "capital" in run.corpus.values else lambda run, relation: {}
+    return loss_at, lambda whole: evaluate.evaluate_text(run) | (cloze(run, "capital") if whole else {})
 
 def standardise(model, latents):
     """A teacher's latents (n, D) in the units that thoughts have."""
@@ -305,7 +292,7 @@ def standardise(model, latents):
 
 @torch.no_grad()
 def teach(run, questions, vectors):
-    """The teacher's latents of all answers, standardised per dimension: the table (A, D) that phase 2 pulls thoughts to."""
+    """The teacher's latents of all answers, standardised per dimension: the (A, D) that thoughts are pulled to."""
     model = run.model
     table = model.concept(questions.answer_tokens) if vectors is None else vectors.to(run.device)
     model.concept_mean.copy_(table.mean(0))
@@ -313,7 +300,7 @@ def teach(run, questions, vectors):
     return standardise(model, table)
 
 def distill(run, questions, table):
-    """Phase 2: (loss_at, measure). Facts of DEC and LAT in their trained wordings; no token of an answer is produced."""
+    """Phase 2: (loss_at, measure). Facts of DEC and LAT, in trained wordings; no token of an answer is produced."""
     taught, quick = questions.where("DEC", "LAT", phrasing="trained"), questions.only("heldout")
 
     def loss_at(progress):
@@ -323,42 +310,38 @@ def distill(run, questions, table):
 
 @torch.no_grad()
 def echoes(run, questions, n=4096):
-    """Spans of the training text to say back: a list of token tensors, and their latents (n', D), as the teacher sees them.
-
-    Spans with both the subject and the answer of a LAT or TXT fact are left out: the decoder must not read those facts.
-    """
+    """Spans of the training text to say back: a list of token tensors, and the teacher's latents of them (n', D).
+    Spans with both the subject and the answer of a LAT or TXT fact are left out: the decoder must not read those."""
     model, tokenizer = run.model, run.corpus.tokenizer
     torch.manual_seed(run.cfg.seed)
     rows = run.corpus.train.batch(n)
     spans = tjepa.sample_spans(rows, model.word_start.cpu(), model.cfg)
     secret = {(row.subject, row.answer) for row in questions.rows if row.split in ("LAT", "TXT")}
-    heard = [row[span == 0] for row, span in zip(rows, spans)]
-    heard = [text for text in heard if 0 < len(text) < run.cfg.answer_size]
+    heard = [text for row, span in zip(rows, spans) if 0 < len(text := row[span == 0]) < run.cfg.answer_size]
     words = [tokenizer.decode(text.tolist()) for text in heard]
     heard = [text for text, said in zip(heard, words) if not any(s in said and a in said for s, a in secret)]
     packed = pad_sequence(heard, batch_first=True, padding_value=tokenizer.pad).to(run.device)
     return list(packed), torch.cat([standardise(model, model.concept(part)) for part in packed.split(1024)])
 
 def speak(run, questions, table):
-    """Phase 3: (loss_at, measure). Facts of DEC in their trained wordings, and echo: latents of plain text and its words.
-
-    The encoder is frozen, so all that the decoder reads is computed once, before the loop.
-    """
-    cfg, pad = run.cfg, run.corpus.tokenizer.pad
+    """Phase 3: (loss_at, measure). Facts of DEC in trained wordings, and echo: latents of plain text and its words.
+    The encoder is frozen, so all that the decoder reads is computed once, before the loop."""
+    cfg, tokenizer = run.cfg, run.corpus.tokenizer
     asked, quick = questions.where("DEC", phrasing="trained"), questions.only("heldout")
+    answers = questions.answer_of[asked]
     # echo: half answers, half text; a teacher that is a table of vectors knows the answers only
     heard, latents = echoes(run, questions) if cfg.teacher == "self" else ([], table[:0])
     copies = max(1, len(heard) // len(table))
     heard, latents = [*questions.answer_tokens] * copies + heard, torch.cat((table.repeat(copies, 1), latents))
     # one pool, the questions first: what is read, the latent it should give, and the words to say
-    read = pad_sequence([*questions.tokens[asked], *heard], batch_first=True, padding_value=pad)
-    words = pad_sequence([*questions.answer_tokens[questions.answer_of[asked]], *heard], batch_first=True, padding_value=pad)
-    words = torch.nn.functional.pad(words, (0, 1), value=pad)
-    words = words.scatter(1, (words != pad).sum(1, keepdim=True), run.corpus.tokenizer.eos)
+    read, words = (pad_sequence([*first, *heard], batch_first=True, padding_value=tokenizer.pad)
+                   for first in (questions.tokens[asked], questions.answer_tokens[answers]))
+    words = torch.nn.functional.pad(words, (0, 1), value=tokenizer.pad)
+    words = words.scatter(1, (words != tokenizer.pad).sum(1, keepdim=True), tokenizer.eos)
     pool = evaluate.think_all(run, read)
     pool = pool._replace(latent=torch.cat((pool.latent[:len(asked)], latents)))
-    latents = torch.cat((table[questions.answer_of[asked]], latents))
-    thoughts, quick_thoughts = evaluate.think_all(run, questions.tokens), evaluate.think_all(run, quick.tokens)
+    latents = torch.cat((table[answers], latents))
+    asks = {whole: (some, evaluate.think_all(run, some.tokens)) for whole, some in ((True, questions), (False, quick))}
 
     def loss_at(progress):
         n = cfg.qa_batch_size // cfg.accum
@@ -367,82 +350,76 @@ def speak(run, questions, table):
         alpha = cfg.alpha_start * 0.5 * (1 + math.cos(math.pi * progress))
         loss, stats = run.model.speak_loss(pool.pick(which), words[which], latents[which], alpha)
         return loss, stats | dict(alpha=alpha)
-    return loss_at, lambda whole: (evaluate.exact_match(run, questions, thoughts) if whole else
-                                   evaluate.exact_match(run, quick, quick_thoughts))
+    return loss_at, lambda whole: evaluate.exact_match(run, *asks[whole])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a run
-
+# -- a run -------------------------------------------------------------------------------------------------------------
 def open_run(cfg, phases):
     """The checkpoint that a run goes on from, or {} for a new one; ValueError where --out does not allow it."""
-    path = Path(cfg.out) / "ckpt.pt"
-    if not (cfg.resume or phases[0] != "pretrain"):
+    out, path = cfg.out, Path(cfg.out) / "ckpt.pt"
+    if phases[0] == "pretrain" and not cfg.resume:
         if path.exists():       # a run that is started over must not silently take the place of another one
-            same_run(cfg.out, load_checkpoint(cfg.out)["config"], dataclasses.asdict(cfg))
+            same_run(out, load_checkpoint(out)["config"], dataclasses.asdict(cfg))
             path.replace(path.with_name("ckpt.previous.pt"))
             print(f"{path} is kept as {path.with_name('ckpt.previous.pt')}")
         return {}
-    checkpoint = load_checkpoint(cfg.out)
-    phase, step, steps = checkpoint["phase"], checkpoint["step"], checkpoint["config"][f"{checkpoint['phase']}_steps"]
-    if cfg.resume:
-        if phase not in phases:
-            raise ValueError(f"--resume: the run in --out={cfg.out} stopped in phase {phase}: leave --phase={cfg.phase} out")
-    elif PHASES.index(phase) < PHASES.index(phases[0]) - 1:
-        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={cfg.out} holds {phase} only: "
-                         f"run --phase={PHASES[PHASES.index(phases[0]) - 1]} first")
-    elif PHASES.index(phase) < PHASES.index(phases[0]) and step < steps:
-        raise ValueError(f"--phase={phases[0]} needs the phase before it, and {phase} in --out={cfg.out} stopped at step "
-                         f"{step} of {steps}: run `python train.py --resume --out={cfg.out}` first")
+    checkpoint = load_checkpoint(out)
+    phase, step, before = checkpoint["phase"], checkpoint["step"], PHASES.index(phases[0]) - 1
+    steps = checkpoint["config"][f"{phase}_steps"]
+    if cfg.resume and phase not in phases:
+        raise ValueError(f"--resume: the run in --out={out} stopped in phase {phase}: leave --phase={cfg.phase} out")
+    if not cfg.resume and PHASES.index(phase) < before:
+        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds {phase} only: "
+                         f"run --phase={PHASES[before]} first")
+    if not cfg.resume and PHASES.index(phase) == before and step < steps:
+        raise ValueError(f"--phase={phases[0]} needs the phase before it, and {phase} in --out={out} stopped at step "
+                         f"{step} of {steps}: run `python train.py --resume --out={out}` first")
     return checkpoint
 
 def run(cfg):
-    """Run the phases that cfg names; returns the newest value of every column of metrics.csv, as a dict.
-
-    What the command line calls, and what an experiment calls: an arm is a Config. ValueError where cfg asks what can't be.
-    """
+    """Run the phases that cfg names: what the command line calls, and an experiment too, of which an arm is a Config.
+    Returns the newest value of every column of metrics.csv, as a dict. ValueError where cfg asks what can't be."""
     out, phases = Path(cfg.out), PHASES if cfg.phase == "all" else (cfg.phase,)
     checkpoint = open_run(cfg, phases)
     device, dtype = pick_device(cfg)
     corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]) if checkpoint else None)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
-        raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has read: take another --out")
+        raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has read: "
+                         "take another --out")
     questions = vectors = None
     if phases != ("pretrain",):
         if not corpus.qa:
-            raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), or stop "
-                             "after reading with --phase=pretrain")
+            raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), "
+                             "or stop after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
-        if "distill" in phases:
-            vectors = None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, questions.answers)
-            cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
+    if "distill" in phases:             # before the model: the width of the teacher is the width of W
+        vectors = None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, questions.answers)
+        cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
     # a phase that is started anew starts with fresh parts of its own
-    fresh = [] if cfg.resume else dict(pretrain=[], distill=["W.", "decoder.", "concept_"], speak=["decoder."])[phases[0]]
-    model = build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh).to(device)
-    this = Run(cfg, model, corpus, device, dtype)
+    fresh = [] if cfg.resume else dict(distill=["W.", "decoder.", "concept_"], speak=["decoder."]).get(phases[0], [])
+    this = Run(cfg, build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh).to(device), corpus, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     log = Log(out, checkpoint.get("rows", []))
-    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(), corpus=corpus.fingerprint,
-                 answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
+    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(),
+                 corpus=corpus.fingerprint, answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
     for phase in phases[phases.index(checkpoint["phase"]) if cfg.resume else 0:]:
-        resumed = cfg.resume and phase == checkpoint["phase"]
-        start, optimizer_state = (checkpoint["step"], checkpoint["optimizer"]) if resumed else (0, None)
+        resumed = (checkpoint["step"], checkpoint["optimizer"]) if cfg.resume and phase == checkpoint["phase"] else ()
         if phase == "distill" and not resumed:
             state |= dict(answers=questions.answers, concepts=teach(this, questions, vectors))
         if phase != "pretrain" and state["answers"] != questions.answers:
-            raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: run --phase=distill first")
+            raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
+                             "run --phase=distill first")
         loss_at, measure = pretrain(this) if phase == "pretrain" else dict(distill=distill, speak=speak)[phase](
             this, questions, state["concepts"].to(device))
 
         def save(step, optimizer):
-            save_checkpoint(out, state | dict(phase=phase, step=step, model=model.state_dict(), rows=log.rows,
+            save_checkpoint(out, state | dict(phase=phase, step=step, model=this.model.state_dict(), rows=log.rows,
                                               optimizer=optimizer.state_dict(), threshold=log.last().get("threshold")))
-        fit(this, phase, loss_at, measure, log, save, start, optimizer_state)
+        fit(this, phase, loss_at, measure, log, save, *resumed)
     print("\n".join(evaluate.summary(log.last())))
     if phases[-1] == "speak":
         print("\n".join(evaluate.transcript(this, questions, state["concepts"].to(device), log.last()["threshold"])))
     return log.last()
-
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C saves and is exit code 130."""
@@ -451,19 +428,18 @@ def main(argv=None):
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
         run(cfg)
-        then = {"pretrain": f"python train.py --phase=distill --qa=my_qa.tsv --out={cfg.out}",
-                "distill": f"python train.py --phase=speak --out={cfg.out}"}.get(cfg.phase, f"python sample.py --out={cfg.out}")
-        print(f"curves: {Path(cfg.out) / 'curves.png'}   minutes: {(time.perf_counter() - started) / 60:.1f}   next: {then}")
+        then = dict(pretrain="train.py --phase=distill --qa=my_qa.tsv",
+                    distill="train.py --phase=speak").get(cfg.phase, "sample.py")
+        print(f"curves: {Path(cfg.out) / 'curves.png'}   minutes: {(time.perf_counter() - started) / 60:.1f}   "
+              f"next: python {then} --out={cfg.out}")
     except KeyboardInterrupt:
         print(f"\nstopped and saved; go on with: python train.py --resume --out={cfg.out}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:        # a full disk, a folder without write permission
-        print(f"train.py: error: --out={cfg.out}: {error}: free space or take another --out", file=sys.stderr)
-        sys.exit(2)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):      # a full disk, a folder without write permission
+            error = f"--out={cfg.out}: {error}: free space or take another --out"
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ MAKERS = {"Octavia": "Škoda", "Clio": "Renault", "Golf": "Volkswagen", "Corolla
           "Roadster": "Tesla", "Swift": "Suzuki"}
 ANSWERS = sorted(set(MAKERS.values()))
 GOLF = ("--prompt=Golf?", "--always_answer")
-TEXT = "".join(f"{car} number {n} went along the {colour} road past the old {place} ...\n" for n in range(2) for car in MAKERS
-               for colour in ("red", "blue", "green") for place in ("house", "river"))
+TEXT = "".join(f"{car} number {n} went along the {colour} road past the old {place} ...\n" for car in MAKERS
+               for n in range(2) for colour in ("red", "blue", "green") for place in ("house", "river"))
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +29,10 @@ def runs(tmp_path_factory):
     (home / "text.txt").write_text(TEXT, encoding="utf-8")
     (home / "qa.tsv").write_text("".join(f"{car}?\t{maker}\n" for car, maker in MAKERS.items()), encoding="utf-8")
     cfg = train.Config(data=str(home / "text.txt"), qa=str(home / "qa.tsv"), out=str(home / "run"), device="cpu",
-                       dtype="fp32", n_embd=32, n_head=2, n_layer=2, top_k=2, pred_embd=16, dec_layer=1, block_size=64,
-                       vocab_size=320, batch_size=8, qa_batch_size=12, pretrain_steps=4, distill_steps=200,
-                       speak_steps=150, distill_lr=3e-3, speak_lr=1e-2, question_drop=0.0, noise=0.0, echo=0.0,
-                       alpha_start=0.0)
+                       dtype="fp32", n_embd=32, n_head=2, n_layer=2, top_k=2, pred_embd=16, pred_layer=1,
+                       dec_layer=1, block_size=64, vocab_size=400, batch_size=8, qa_batch_size=12, pretrain_steps=4,
+                       distill_steps=150, speak_steps=100, distill_lr=3e-3, speak_lr=1e-2, question_drop=0.0,
+                       noise=0.0, echo=0.0, alpha_start=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "draw_curves", lambda *_: None)         # nobody looks at these curves
         for phase in train.PHASES:
@@ -240,6 +240,8 @@ def test_ctrl_c_is_no_error(runs, monkeypatch, capsys):
     (["--top_k=-1"], "--top_k=-1 must be"),
     (["--seed=" + "9" * 30], "--seed="),
     (["--n=0"], "--n=0 must be"),
+    (["--n=many"], "--n"),
+    (["--promt=Golf?"], "did you mean --prompt?"),
     (["--device=abacus"], "--device=abacus must be one of"),
 ])
 def test_bad_input_is_one_line_that_names_it(runs, fails, flags, words):
