@@ -34,7 +34,7 @@ class Config:
     pred_layer: int = 2         # predictor depth; too shallow and the encoder has to do the guessing itself
     pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
-    answer_size: int = 16       # longest answer in tokens, its end marker included
+    answer_size: int = 24       # longest answer in tokens, its end marker included
     mask_ratio: float = 0.35    # share of tokens removed: higher is harder and cheaper (removed tokens cost nothing)
     max_span: int = 8           # longest removed span in tokens; lengths are log-uniform from 1 to here
     target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
@@ -44,12 +44,12 @@ class Config:
     sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
     vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
     mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
-    ema_half_life: float = 200  # steps after which half of the target is newer; 0 = target is the online encoder
+    ema_half_life: float = 100  # steps after which half of the target is newer; 0 = target is the online encoder
     teacher_width: int = 0      # width of the teacher's answer latents; 0 = the model's own target encoder
-    question_drop: float = 0.1  # share of question tokens dropped in phase 2, so that no single wording is leaned on
+    question_drop: float = 0.2  # share of question tokens dropped in phase 2, so that no single wording is leaned on
     memory: str = "thought"     # what the decoder reads: tokens | thought | both
     n_slots: int = 4            # memory slots a thought is spread over; 1 makes its attention a constant
-    noise: float = 0.3          # noise on the thoughts the decoder learns from: it must not need them exact
+    noise: float = 0.45         # blur of the thoughts that the decoder learns from, by others and by noise: they are never exact
 
     def __post_init__(self):
         pairs = 2 * self.n_head         # rotary positions turn pairs of dimensions in every head
@@ -435,7 +435,10 @@ class TJEPA(nn.Module):
     def speak_loss(self, thought, answer, answer_latent, alpha):
         """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token, v2.0: alpha = 0. A thought may be kept:
         its encoder is frozen. answer (B, A) ends in EOS and padding, answer_latent (B, D). Returns (loss, stats)."""
-        noisy = thought.latent + self.cfg.noise * torch.randn_like(thought.latent)
+        # a thought that errs leans towards another answer: blur it with others of the batch, and with noise
+        z, noise = thought.latent, self.cfg.noise
+        noisy = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], noise * torch.rand(len(z), 1, device=z.device))
+        noisy = noisy + noise * torch.randn_like(z)
         memory, mask = self.decoder.memory(thought._replace(latent=noisy))
         said = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)                        # (B, A): BOS, then the answer
         states = self.decoder(said, memory, mask)                                       # (B, A, C)
