@@ -33,26 +33,36 @@ def evaluate_text(run, rows=256):
                 hit1=(torch.cdist(p, t).argmin(1) == own).float().mean().item(), health=tjepa.health_word(health), **health)
 
 @torch.no_grad()
-def cloze(run, relation, size=512):
-    """Share of a relation's held-out statements whose own answer has the lowest energy: among the values that the text
-    knows (the relation's other answers), and among all values in the world, which the text of a small run never names.
+def gap_energy(run, tokenizer, before, values, after, size=512):
+    """Energy of each value (n strings) in the gap between before and after: (n,). Low fits."""
+    encode, block_size = tokenizer.encode, run.cfg.block_size
+    # as in a text: a space in front, and a blank before the gap belongs to the value
+    left, right = encode(" " + before.rstrip()) if before else [], encode(after)
+    middles = [encode(value if before[-1:].strip() else " " + value) for value in values]
+    longest = max(middles, key=len)
+    width = len(left + longest + right)     # a shorter value leaves padding, which fills the slots that it lacks
+    if width > block_size:
+        raise ValueError(f"the text has {width} tokens with '{values[middles.index(longest)]}' in the gap, above the run's "
+                         f"block_size={block_size}: shorten it")
+    tokens = torch.full((len(values), width), tokenizer.pad)                                        # (n, T)
+    spans = torch.full_like(tokens, run.model.cfg.max_spans)                                        # (n, T)
+    for row, middle in enumerate(middles):
+        tokens[row, :len(left + middle + right)] = torch.tensor(left + middle + right)
+        spans[row, len(left):len(left + middle)] = 0
+    with run.autocast():
+        return torch.cat([run.model.energy(some, where) for some, where in
+                          zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
+
+def cloze(run, relation):
+    """Share of a relation's held-out statements whose own answer has the lowest energy, and its chance: among the answers
+    that the text names, and (_all) among all values in the world, most of which the text of a small run never names.
     """
-    encode, known = run.corpus.tokenizer.encode, {item.answer for item in run.corpus.cloze if item.relation == relation}
-    values = sorted(known) + sorted(set(run.corpus.values[relation]) - known)
-    right, right_all = [], []
-    for item in (item for item in run.corpus.cloze if item.relation == relation):
+    items = [item for item in run.corpus.cloze if item.relation == relation]
+    known = sorted({item.answer for item in items})
+    values, right, right_all = known + sorted(set(run.corpus.values[relation]) - set(known)), [], []
+    for item in items:
         before, after = item.statement.split("{a}")
-        parts = [(encode(" " + before.rstrip()) if before else [], encode(" " + value), encode(after)) for value in values]
-        longest = max(len(value) for _, value, _ in parts)
-        width = max(sum(map(len, part)) for part in parts) + longest    # room for the slots that short values leave over
-        tokens = torch.full((len(values), width), run.corpus.tokenizer.pad)
-        spans = torch.full_like(tokens, run.model.cfg.max_spans)
-        for row, (a, b, c) in enumerate(parts):
-            tokens[row, :len(a + b + c)] = torch.tensor(a + b + c)
-            spans[row, len(a):len(a + b)] = 0
-        with run.autocast():
-            energy = torch.cat([run.model.energy(some, where) for some, where in
-                                zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
+        energy = gap_energy(run, run.corpus.tokenizer, before, values, after)
         right.append(values[energy[:len(known)].argmin().item()] == item.answer)
         right_all.append(values[energy.argmin().item()] == item.answer)
     return {f"cloze_{relation}": sum(right) / len(right), f"cloze_{relation}_chance": 1 / len(known),
@@ -90,12 +100,12 @@ def recall(run, questions, table):
 def abstention(questions, distance):
     """Distance of the thought to the nearest known concept, (n,), as a sign of not knowing.
 
-    threshold keeps 95 % of the DEC questions in held-out phrasing; abstain is the share of NEVER questions beyond it;
+    threshold keeps 95 % of the DEC questions in held-out phrasing (all, if there is only one phrasing); abstain is the share of NEVER questions beyond it;
     auroc is the chance that a NEVER question lies farther away than such a DEC question.
     """
     phrasing = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
     known = distance[questions.where("DEC", phrasing=phrasing)]
-    found = dict(threshold=known.quantile(0.95).item())
+    found = dict(threshold=known.quantile(0.95 if phrasing == "heldout" else 1.0).item())
     if len(never := questions.where("NEVER", phrasing=phrasing)):
         found["abstain"] = (distance[never] > found["threshold"]).float().mean().item()
         found["auroc"] = (distance[never][:, None] > known).float().mean().item()

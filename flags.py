@@ -30,7 +30,7 @@ def read_flags(kind, argv, prog):
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(kind):
         optional = dict(nargs="?", const=True) if field.type is bool else {}
-        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar="", **optional,
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__, **optional,
                             help=f"{notes[field.name]} [{field.default}]".replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -137,26 +137,6 @@ def candidates(session):
     words = [rank[1:] for rank in ranks if rank[0] == " " and len(rank) > 3 and rank[1:].isalpha()]
     return session.checkpoint["answers"] or words
 
-def energies(session, before, values, after, size=512):
-    """Latent prediction error of each value (n strings) in the gap between before and after: (n,). Low fits."""
-    run, encode = session.run, session.tokenizer.encode
-    # as in a text: a space in front, and a blank before the gap belongs to the value
-    left, right = encode(" " + before.rstrip()) if before else [], encode(after)
-    middles = [encode(value if before[-1:].strip() else " " + value) for value in values]
-    longest = max(middles, key=len)
-    width = len(left + longest + right)     # a shorter value leaves padding, which stands in for what it lacks
-    if width > run.cfg.block_size:
-        raise ValueError(f"--inspect has {width} tokens with '{values[middles.index(longest)]}' in the gap, above the "
-                         f"run's block_size={run.cfg.block_size}: shorten it")
-    tokens = torch.full((len(values), width), session.tokenizer.pad)                                # (n, T)
-    spans = torch.full_like(tokens, run.model.cfg.max_spans)                                        # (n, T)
-    for row, middle in enumerate(middles):
-        tokens[row, :len(left + middle + right)] = torch.tensor(left + middle + right)
-        spans[row, len(left):len(left + middle)] = 0
-    with run.autocast():
-        return torch.cat([run.model.energy(some, where) for some, where in
-                          zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
-
 def inspect_gap(session, text):
     """Print what fits the bracketed gap best, and where the hidden text itself ranks."""
     found = re.fullmatch(r"([^][]*)\[([^][]*)\]([^][]*)", text)
@@ -165,7 +145,7 @@ def inspect_gap(session, text):
                          '--inspect="The capital of France is [Paris]."')
     before, truth, after = found[1].lstrip(), found[2].strip(), found[3].rstrip()
     values = list(dict.fromkeys([*candidates(session), truth]))
-    energy = energies(session, before, values, after)
+    energy = evaluate.gap_energy(session.run, session.tokenizer, before, values, after)
     print("  energy  candidate")
     for i in energy.argsort()[:session.flags.n].tolist():
         print(f"{energy[i]:8.4f}  {values[i]}")

@@ -114,9 +114,8 @@ def pick_device(cfg):
     fast = dict(cuda=torch.cuda.is_bf16_supported, cpu=torch.cpu._is_amx_tile_supported, mps=bool)[device]()
     bf16 = fast if cfg.dtype == "auto" else cfg.dtype == "bf16"
     why = dict(cuda="a GPU is there", mps="an Apple GPU is there", cpu="no GPU is there")[device]
-    print(f"device {device} ({why if cfg.device == 'auto' else 'as asked'}), "
-          f"{'bf16 autocast' if bf16 else 'fp32'} ({'faster here at this width' if fast else 'no gain from bf16 here'}"
-          f"{'' if cfg.dtype == 'auto' else ', as asked'})")
+    gain = "as asked" if cfg.dtype != "auto" else "faster on this hardware" if fast else "bf16 gains nothing here"
+    print(f"device {device} ({why if cfg.device == 'auto' else 'as asked'}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
     return device, torch.bfloat16 if bf16 else None
 
 # -- checkpoints, and the model that fits one --------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def load_checkpoint(out):
     """The dict in out/ckpt.pt; ValueError says what is wrong with the file. Never runs code from it."""
     path = Path(out) / "ckpt.pt"
     if not path.exists():
-        raise ValueError(f"no checkpoint in --out={out}: run `python train.py --phase=pretrain --out={out}` first")
+        raise ValueError(f"no checkpoint in --out={out}: run `python train.py --out={out}` first (its --help lists the phases)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -142,6 +141,8 @@ def load_checkpoint(out):
                          "restore it from a copy, or train again with another --out") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format", FORMAT + 1) > FORMAT:
         raise ValueError(f"{path} was written by a newer version (or by another program): update this one")
+    if set(checkpoint["config"]) != set(Config.__dataclass_fields__):
+        raise ValueError(f"{path} was written by another version, with other flags: train again with another --out")
     return checkpoint
 
 class Run(NamedTuple):
@@ -160,7 +161,7 @@ def build(cfg, tokenizer, weights=None, fresh=()):
     """A model for cfg by its seed, with the weights of a checkpoint but for the names that begin with one of fresh."""
     torch.manual_seed(cfg.seed)
     model = tjepa.TJEPA(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size), tokenizer.word_start)
-    if weights:
+    if weights is not None:
         kept = {name: value for name, value in weights.items() if not name.startswith(tuple(fresh))}
         try:
             missing, extra = model.load_state_dict(kept, strict=False)

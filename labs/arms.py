@@ -28,7 +28,7 @@ def run_arms(lab, arms, flags):
 
     A row is on disk, as result.json, the moment it is measured; <out>/<lab>.csv holds them all.
     """
-    folder = Path(flags.out) / lab
+    folder = Path(flags.out) / (lab + "-fast" * flags.fast)
     chosen = flags.arms.split(",") if flags.arms else list(arms)
     if unknown := [name for name in chosen if name not in arms]:
         raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")

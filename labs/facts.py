@@ -4,8 +4,8 @@ Do facts taught in latent space become speech, and what is phase 1 worth for it?
     python -m labs.facts                    3 seeds of each arm, about 10 minutes an arm and seed on 2 cores
     python -m labs.facts --fast             does it run?
 
-Expected before the first run: the paper's recipe collapses and ends below a random-init encoder; a random-init encoder
-is strong in the phrasings that it was taught and weak in new ones; without phase 2 nothing is said right.
+Expected before the first run: the paper's recipe collapses; a random-init encoder is strong in the phrasings that it was
+taught and weak in new ones.
 All arms share corpus, width, steps, batches and seeds. The learning rates are those of the default arm: not tuned an arm.
 """
 import dataclasses
@@ -16,8 +16,7 @@ from labs.arms import Flags, main, publish, run_arms, table
 ARMS = {
     "default": train.Config(),
     "random-init encoder": train.Config(pretrain_steps=0),
-    "recipe=paper": train.resolve(dict(recipe="paper")),
-    "no phase 2": train.Config(distill_steps=0),
+    "recipe=paper (phase 1)": train.resolve(dict(recipe="paper", phase="pretrain")),
 }
 PHASE_1 = {"R2": "val_r2", "rank / 128": "rank", "health": "health", "capital by energy (chance .025)": "cloze_capital",
            "among all of the world (.0055)": "cloze_capital_all"}
@@ -25,7 +24,7 @@ R1 = {f"R@1 {split}, {phrasing}": f"r1_{split}{tail}" for split in ("DEC", "LAT"
       for phrasing, tail in (("trained", ""), ("held-out", "_heldout"))}
 EM = {f"{split} {phrasing}": f"em_{split}{tail}" for split in ("DEC", "LAT", "TXT")
       for phrasing, tail in (("trained", ""), ("held-out", "_heldout"))} | {"memory shuffled": "em_shuffled"}
-NEVER = {"NEVER answered I don't know": "abstain", "AUROC": "auroc", "minutes": "minutes"}
+NEVER = {"answered with I don't know": "abstain", "AUROC": "auroc"}
 
 
 def facts(flags):

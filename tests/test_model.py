@@ -265,24 +265,26 @@ def test_latent_head_sees_no_answer(model):
 
 # -- energy -------------------------------------------------------------------------------------------------------------
 
-def test_energy_falls_for_what_was_learned(model):
-    """Train on one sentence: its own word must then have a lower energy than another in its place."""
-    tokens = torch.arange(32).expand(8, -1).clone()
-    params = [p for part in model.trained_in("pretrain") for p in part.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=3e-3)
-    torch.manual_seed(0)
-    for _ in range(60):
-        loss, _ = model.pretrain_loss(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.ema_update(0.9)
-    pair = tokens[:2].clone()
-    pair[1, 12] = 40
-    spans = torch.full_like(pair, model.cfg.max_spans)
+def test_energy_is_the_prediction_error_of_the_span(model):
+    """By hand: the predictor's guess for the hidden positions against the mean of what the target makes of them."""
+    text = rows(1)
+    spans = torch.full_like(text, model.cfg.max_spans)
+    spans[0, 10:13] = 0
+    seen = torch.tensor([[t for t in range(32) if not 10 <= t < 13]])
+    guess = model.predictor(model.encoder(text.gather(1, seen), seen), seen, torch.tensor([[10, 11, 12]])).mean(1)
+    target = tjepa.norm(model.encode(text)[:, 10:13].mean(1))
+    torch.testing.assert_close(model.energy(text, spans), ((guess - target) ** 2).mean(1))
+
+
+def test_energy_moves_with_the_hidden_text_alone(model):
+    """Another word in the gap: the guess stays, the energy does not. This is what makes a cloze of it."""
+    texts = rows(1).repeat(5, 1)
+    texts[:, 12] = torch.arange(5)
+    spans = torch.full_like(texts, model.cfg.max_spans)
     spans[:, 12] = 0
-    own, other = model.energy(pair, spans).tolist()
-    assert own < other
+    guesses = model.predict(texts, spans, 1).spans[:, 0]
+    torch.testing.assert_close(guesses, guesses[:1].expand(5, -1))
+    assert len(model.energy(texts, spans).unique()) == 5
 
 
 # -- the collapse panel and the regularisers ------------------------------------------------------------------------------

@@ -168,15 +168,15 @@ def test_the_hidden_text_is_ranked(ask, truth):
 def test_the_gap_holds_the_candidate_and_nothing_but_it(runs, monkeypatch, before, after):
     asked = session(runs["speak"])
     monkeypatch.setattr(tjepa.TJEPA, "energy", lambda _, tokens, spans: torch.stack((tokens, spans), dim=1))
-    for (row, span), value in zip(sample.energies(asked, before, ANSWERS, after), ANSWERS):
+    for (row, span), value in zip(evaluate.gap_energy(asked.run, asked.tokenizer, before, ANSWERS, after), ANSWERS):
         assert asked.tokenizer.decode(row.tolist()).strip() == before + value + after
         assert asked.tokenizer.decode(row[span == 0].tolist()).strip() == value
 
 def test_a_candidate_is_judged_by_itself(runs):
     # long rivals bring padding, which must change nothing
     asked = session(runs["speak"])
-    alone = torch.cat([sample.energies(asked, "The ", [value], " car.") for value in ANSWERS])
-    torch.testing.assert_close(sample.energies(asked, "The ", ANSWERS, " car."), alone)
+    alone = torch.cat([evaluate.gap_energy(asked.run, asked.tokenizer, "The ", [value], " car.") for value in ANSWERS])
+    torch.testing.assert_close(evaluate.gap_energy(asked.run, asked.tokenizer, "The ", ANSWERS, " car."), alone)
 
 
 @pytest.fixture
