@@ -20,7 +20,8 @@ from tests.toy import FLAGS, write_corpus
 
 def start(folder, out, *more):
     """A training process on the toy."""
-    flags = {**FLAGS, "eval_every": 10, "data": folder / "text.txt", "qa": folder / "qa.tsv", "out": out}
+    flags = {**FLAGS, "distill_steps": 40, "speak_steps": 40, "eval_every": 10, "out": out,
+             "data": folder / "text.txt", "qa": folder / "qa.tsv"}
     argv = more or [f"--{name}={value}" for name, value in flags.items()]
     return subprocess.Popen([sys.executable, "train.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
