@@ -35,8 +35,8 @@ class Config:
     pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
-    mask_ratio: float = 0.35    # share of tokens removed: higher is harder and cheaper (removed tokens cost nothing)
-    max_span: int = 8           # longest removed span in tokens; lengths are log-uniform from 1 to here
+    mask_ratio: float = 0.35    # share of tokens removed: higher is harder, and cheaper for the online encoder
+    max_span: int = 8           # longest span drawn, before it is widened to whole words; lengths are log-uniform
     target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
     top_k: int = 4              # layers averaged into the target; 1 = the last layer only, as in the paper
     target_norm: bool = True    # layer-norm the targets once more: off, shrinking them is the easiest way down
@@ -67,8 +67,8 @@ class Config:
             ("memory", ("tokens", "thought", "both").__contains__, "tokens, thought or both")))
 
     pad = property(lambda self: self.vocab_size - 4)    # the specials are the last ids, each with one of its own
-    bos = property(lambda self: self.vocab_size - 3)
-    eos = property(lambda self: self.vocab_size - 2)
+    bos, eos = property(lambda self: self.vocab_size - 3), property(lambda self: self.vocab_size - 2)
+    tau = property(lambda self: 0.5 ** (1 / self.ema_half_life) if self.ema_half_life else 0.0)
     answer_width = property(lambda self: self.teacher_width or self.n_embd)
     # so many spans are drawn: twice what would remove mask_ratio of the text, because they overlap
     max_spans = property(lambda self: 2 * math.ceil(self.block_size * self.mask_ratio / math.sqrt(self.max_span)))
@@ -418,7 +418,8 @@ class TJEPA(nn.Module):
         real = question != self.cfg.pad                                                 # (B, T)
         next_pos = real.sum(1, keepdim=True)                                            # (B, 1)
         if drop:
-            real = real & ((torch.rand_like(real, dtype=torch.float) >= drop) | (next_pos < 2))
+            kept = real & (torch.rand_like(real, dtype=torch.float) >= drop)
+            real = torch.where(kept.any(1, keepdim=True), kept, real)                   # never all of a question
         positions = torch.arange(question.size(1), device=question.device)
         context = self.encoder(question, positions, real[:, None, None])                # (B, T, C)
         keys = F.pad(real, (0, 1), value=True)[:, None, None]                           # (B, 1, 1, T+1)
@@ -480,7 +481,7 @@ def latent_health(z, real):
     std   mean over dimensions of the standard deviation across sequences
     rank  RankMe: exp of the entropy of the centred singular values; bound: min(N-1, C)
     cos   mean pairwise cosine, raw: near 1 is a cone, a common offset; cos_centred: after removing the mean"""
-    z = z.double()
+    z, real = z.cpu().double(), real.cpu()  # not every GPU knows float64
     flat, content = z[real], (z - masked_mean(z, real[..., None], 0))[real]             # (N, C), less position's mean
     pos = 1 - (content ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum().clamp(min=1e-12)
     content = content[:8192]                # twenty times the widest preset: enough for RankMe
@@ -495,5 +496,5 @@ def latent_health(z, real):
 
 def health_word(health):
     """One word for the bar: healthy, shrinking or collapsed."""
-    share = health["rank"] / health["bound"]
-    return "collapsed" if health["std"] < 0.05 or share < 0.05 else "shrinking" if share < 0.12 else "healthy"
+    dead, share = health["std"] < 0.05, health["rank"] / health["bound"]
+    return "collapsed" if dead or share < 0.05 else "shrinking" if share < 0.12 else "healthy"

@@ -38,7 +38,7 @@ class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
     phase: str = "all"          # pretrain | distill | speak | all; distill and speak continue the run in --out
     preset: str = "tiny"        # tiny: 300 facts, minutes on a CPU | laptop: all facts, longer | gpu: wider too
-    recipe: str = "default"     # default: what our measurements favour | paper: v1.1 section 3.1 to the letter
+    recipe: str = "default"     # default: what our measurements favour | paper: the objective of v1.1 section 3.1
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt of your own (phase 1 needs nothing else)
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
@@ -222,7 +222,6 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number."""
     cfg, model, optimizer = run.cfg, run.model, optimizer_for(run, phase, optimizer_state)
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
-    tau = 0.5 ** (1 / cfg.ema_half_life) if cfg.ema_half_life else 0.0
     params = [p for group in optimizer.param_groups for p in group["params"]]
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
@@ -255,7 +254,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         optimizer.step()
         optimizer.zero_grad()
         if phase == "pretrain":
-            model.ema_update(tau)
+            model.ema_update(cfg.tau)
         bar.update()
         done, stop = step + 1, bool(INTERRUPTED)
         evaluated = done == steps or done % cfg.eval_every == 0 or stop
@@ -267,7 +266,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
             row = dict(phase=phase, step=done, tokens=done * per_step, loss=loss.item(), lr=lr, grad=grad.item(),
                        tok_s=(done - last) * per_step / (time.perf_counter() - since),
                        **{name: float(value) for name, value in stats.items()})
-            row |= dict(tau=tau) if phase == "pretrain" else {}
+            row |= dict(tau=cfg.tau) if phase == "pretrain" else {}
             figures = measure(done == steps) if evaluated else figures
             report(row, evaluated)
             since, last = time.perf_counter(), done
@@ -409,7 +408,7 @@ def main(argv=None):
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
         run(cfg)
-        then = dict(pretrain="train.py --phase=distill --qa=my_qa.tsv",
+        then = dict(pretrain="train.py --phase=distill" + " --qa=my_qa.tsv" * (cfg.data != "facts"),
                     distill="train.py --phase=speak").get(cfg.phase, "sample.py")
         print(f"curves: {Path(cfg.out) / 'curves.png'}   minutes: {(time.perf_counter() - started) / 60:.1f}   "
               f"next: python {then} --out={cfg.out}")

@@ -24,11 +24,14 @@ class Flags:
 
 
 def run_arms(lab, arms, flags):
-    """Run each arm (name -> Config) once a seed; returns rows: arm, seed, minutes and the run's figures.
+    """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the run's figures.
 
     A row is on disk, as result.json, the moment it is measured; <out>/<lab>.csv holds them all.
     """
+    if flags.fast and flags.table:
+        raise ValueError("--fast measures nothing: leave --table out")
     folder = Path(flags.out) / (lab + "-fast" * flags.fast)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     chosen = flags.arms.split(",") if flags.arms else list(arms)
     if unknown := [name for name in chosen if name not in arms]:
         raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
@@ -41,7 +44,7 @@ def run_arms(lab, arms, flags):
         started, out = time.perf_counter(), folder / f"{name}_{seed}"
         figures = train.run(dataclasses.replace(arms[name], seed=seed, out=str(out)))
         spent.append((time.perf_counter() - started) / 60)
-        (out / "result.json").write_text(json.dumps(dict(arm=name, seed=seed, minutes=spent[-1]) | figures))
+        (out / "result.json").write_text(json.dumps(dict(arm=name, seed=seed, commit=commit) | figures))
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
     with open(folder.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, sorted({name: 0 for row in rows for name in row}))
@@ -64,12 +67,13 @@ def table(rows, arms, columns):
                                                                 for arm in seen)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-def publish(lab, text, path):
-    """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commit."""
+def publish(lab, rows, text, path):
+    """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""
     print(text)
     if path:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        body = f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}` at commit {commit}.\n\n{text}\n<!-- /{lab} -->"
+        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit {commits}.\n\n"
+                f"{text}\n<!-- /{lab} -->")
         page, n = re.subn(f"<!-- {lab} -->.*?<!-- /{lab} -->", lambda _: body, Path(path).read_text(), flags=re.DOTALL)
         if not n:
             raise ValueError(f"--table={path} has no place for it: add the lines <!-- {lab} --> and <!-- /{lab} -->")

@@ -6,7 +6,8 @@ Do facts taught in latent space become speech, and what is phase 1 worth for it?
 
 Expected before the first run: the paper's recipe collapses; a random-init encoder is strong in the phrasings that it was
 taught and weak in new ones.
-All arms share corpus, width, steps, batches and seeds. The learning rates are those of the default arm: not tuned an arm.
+All arms share corpus, width, seeds and the batches of phases 2 and 3. The random-init arm has no phase 1, and so a random
+teacher as well. The learning rates are those of the default arm: not tuned an arm.
 """
 import dataclasses
 
@@ -36,7 +37,7 @@ def facts(flags):
     text = "\n\n".join(f"{title}\n\n{table(rows, arms, columns)}" for title, columns in (
         ("Phase 1:", PHASE_1), ("R@1 of the thought after phase 2:", R1), ("Exact match of greedy speech:", EM),
         ("Invented subjects, at the threshold that keeps 95 % of DEC held-out:", NEVER)))
-    publish("facts", text, flags.table)
+    publish("facts", rows, text, flags.table)
 
 
 if __name__ == "__main__":

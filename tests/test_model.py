@@ -117,16 +117,16 @@ def test_target_gets_no_gradient(model):
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
 
 
-def test_ema_half_life_is_what_the_flag_says(model):
+def test_ema_half_life_is_what_the_flag_says():
     """After half_life updates towards a fixed online encoder, half of the old target is left."""
-    half_life = 20
+    model = make(ema_half_life=20)
     with torch.no_grad():
         for p in model.target.parameters():
             p.fill_(1.0)
         for p in model.encoder.parameters():
             p.fill_(0.0)
-    for _ in range(half_life):
-        model.ema_update(0.5 ** (1 / half_life))
+    for _ in range(20):
+        model.ema_update(model.cfg.tau)
     for p in model.target.parameters():
         torch.testing.assert_close(p, torch.full_like(p, 0.5))
 
@@ -161,15 +161,6 @@ def test_every_trainable_parameter_moves(phase, changes):
     assert not [name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0]
     grouped = [id(p) for group in train.groups(model.trained_in(phase), 0.1) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for _, p in named)
-
-
-def test_frozen_encoder_is_bit_identical_after_speaking(model):
-    before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("decoder.")}
-    named = one_step(model, "speak")
-    torch.optim.SGD([p for _, p in named], lr=1.0).step()
-    after = model.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert not torch.equal(after["decoder.embed.weight"], make().state_dict()["decoder.embed.weight"])
 
 
 def test_decay_is_for_matrices_alone(model):
@@ -232,15 +223,11 @@ def test_single_memory_slot_is_a_constant():
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) == constant
 
 
-def test_speech_ends_at_eos_and_pads_after_it(model):
-    with torch.no_grad():
-        model.decoder.embed.weight[model.cfg.eos] = 100 * model.decoder.norm.weight.new_ones(32)
-    said = list(model.speak(model.think(rows(4))))
-    ids = torch.stack(said, dim=1)
-    for row in ids.tolist():
-        if model.cfg.eos in row:
-            assert set(row[row.index(model.cfg.eos) + 1:]) <= {model.cfg.pad}
-    assert len(said) <= model.cfg.answer_size
+def test_speech_ends_at_eos_and_pads_after_it(model, monkeypatch):
+    script = iter(torch.tensor([[5, 58], [58, 3], [7, 7]]))
+    monkeypatch.setattr(tjepa, "pick", lambda *_: next(script))
+    said = torch.stack(list(model.speak(model.think(rows(2)))), dim=1)
+    assert said.tolist() == [[5, model.cfg.eos], [model.cfg.eos, model.cfg.pad]]     # and all have ended: it stops
 
 
 def test_sampling_keeps_to_its_candidates():
