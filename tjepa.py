@@ -204,7 +204,7 @@ def sample_spans(tokens, word_start, cfg):
     spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)  # (B, T) first to claim t
     # spend the budget span by span; the last may be cut short, and what chance leaves over becomes one span more
     turn = (spans * T + t).masked_fill(~real, S * T + T).argsort(1).argsort(1)          # (B, T) place in the queue
-    removed = (turn < (length * cfg.mask_ratio).round().clamp(min=1)) & real
+    removed = (turn < (length.double() * cfg.mask_ratio).round().clamp(min=1)) & real
     return torch.where(removed, spans.clamp(max=S - 1), S)
 
 def split_spans(spans, tokens, n_removed, cfg):

@@ -339,8 +339,6 @@ def open_run(cfg, phases):
     if phases[0] == "pretrain" and not cfg.resume:
         if path.exists():       # a run that is started over must not silently take the place of another one
             same_run(out, load_checkpoint(out)["config"], dataclasses.asdict(cfg))
-            path.replace(path.with_name("ckpt.previous.pt"))
-            print(f"{path} is kept as {path.with_name('ckpt.previous.pt')}")
         return {}
     checkpoint = load_checkpoint(out)
     phase, step, before = checkpoint["phase"], checkpoint["step"], PHASES.index(phases[0]) - 1
@@ -379,6 +377,9 @@ def run(cfg):
     this = Run(cfg, build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh).to(device), corpus, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    if not checkpoint and (out / "ckpt.pt").exists():
+        (out / "ckpt.pt").replace(out / "ckpt.previous.pt")
+        print(f"the run that was there is kept as {out / 'ckpt.previous.pt'}")
     log = Log(out, checkpoint.get("rows", []))
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(),
                  corpus=corpus.fingerprint, answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
