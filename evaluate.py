@@ -74,7 +74,7 @@ def think_all(run, tokens, size=1024):
         with run.autocast():
             thought = run.model.think(some)
         kept = 0 if run.cfg.memory == "thought" else some.size(1)
-        parts.append(tjepa.Thought(thought.latent.float(), thought.tokens[:, :kept].float(), thought.real[:, :kept]))
+        parts.append(tjepa.Thought(thought.latent.float(), thought.context[:, :kept].float(), thought.real[:, :kept]))
     return tjepa.Thought(*map(torch.cat, zip(*parts)))
 
 def by_split(questions, name, score):

@@ -31,7 +31,9 @@ class Config:
     n_layer: int = 4            # encoder depth: more steps of reasoning, linearly more time
     n_head: int = 4             # attention heads of every block; must divide n_embd and pred_embd
     n_embd: int = 128           # latent width: capacity, and the bound of the rank; time grows with its square
-    pred_layer: int = 2         # predictor depth; too shallow and the encoder has to do the guessing itself
+    positions: str = "rotary"   # rotary | learned: those are added to the latents, and so to what is predicted
+    init_std: float = 0.0       # of weight matrices; 0 = 1 / sqrt(fan-in). GPT-2's 0.02 makes narrow models collapse
+    pred_layer: int = 2         # predictor depth; too shallow: the encoder has to guess. 0 = none: it fills in [MASK]s
     pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
@@ -44,30 +46,29 @@ class Config:
     sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
     vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
     mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
-    ema_half_life: float = 100  # steps after which half of the target is newer; 0 = target is the online encoder
+    ema_half_life: float = 100  # steps after which half of the target is newer; 0: it is the online one, inf: frozen
+    stop_gradient: bool = True  # off: targets are the online encoder's own, and learn to be easy: a collapse
     teacher_width: int = 0      # width of the teacher's answer latents; 0 = the model's own target encoder
     question_drop: float = 0.2  # share of question tokens dropped in phase 2, so that no single wording is leaned on
     memory: str = "thought"     # what the decoder reads: tokens | thought | both
     n_slots: int = 4            # memory slots a thought is spread over; 1 makes its attention a constant
-    noise: float = 0.45         # blur of the thoughts that the decoder learns from, by others and by noise: they are never exact
+    noise: float = 0.45         # blur of the thoughts that the decoder learns from: in use they are never exact
 
     def __post_init__(self):
-        pairs = 2 * self.n_head         # rotary positions turn pairs of dimensions in every head
         check(self, (
-            ("vocab_size n_layer n_head n_embd pred_layer pred_embd dec_layer max_span top_k n_slots",
-             lambda v: v >= 1, "1 or more"),
-            ("block_size answer_size", lambda v: v >= 4, "4 or more"),
-            ("sigreg vicreg mlm ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
+            ("n_layer n_head n_embd pred_embd dec_layer max_span top_k n_slots", lambda v: v >= 1, "1 or more"),
+            ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),
+            ("pred_layer sigreg vicreg mlm init_std ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
-            ("n_embd pred_embd", lambda v: v % pairs == 0, f"a multiple of 2 * n_head = {pairs}"),
+            ("n_embd pred_embd", lambda v: v % (2 * self.n_head) == 0, f"a multiple of 2 * n_head = {2 * self.n_head}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
-            ("target", ("span", "token").__contains__, "span or token"),
-            ("loss", ("mse", "smooth_l1", "infonce").__contains__, "mse, smooth_l1 or infonce"),
-            ("memory", ("tokens", "thought", "both").__contains__, "tokens, thought or both")))
+            *((name, allowed.__contains__, "one of " + ", ".join(allowed)) for name, allowed in dict(
+                positions=("rotary", "learned"), target=("span", "token"), loss=("mse", "smooth_l1", "infonce"),
+                memory=("tokens", "thought", "both")).items())))
 
-    pad = property(lambda self: self.vocab_size - 4)    # the specials are the last ids, each with one of its own
-    bos, eos = property(lambda self: self.vocab_size - 3), property(lambda self: self.vocab_size - 2)
+    # the specials are the last ids, each with one of its own
+    pad, bos, eos, mask = (property(lambda self, i=i: self.vocab_size - i) for i in (4, 3, 2, 1))
     tau = property(lambda self: 0.5 ** (1 / self.ema_half_life) if self.ema_half_life else 0.0)
     answer_width = property(lambda self: self.teacher_width or self.n_embd)
     # so many spans are drawn: twice what would remove mask_ratio of the text, because they overlap
@@ -75,23 +76,14 @@ class Config:
 
 # -- the transformer ---------------------------------------------------------------------------------------------------
 def rotary(size, dim):
-    """Cosines and sines, (size, 2, dim/2), for rotary positions (Su et al. 2021). Learned positions are added to the
+    """Unit complex numbers, (size, dim/2), for rotary positions (Su et al. 2021). Learned positions are added to the
     latents, and so to the target: at initialisation, where a span is would explain half of the target's variance."""
     angle = torch.outer(torch.arange(size), 10000.0 ** (-torch.arange(0, dim, 2) / dim))        # (size, dim/2)
-    return torch.stack((angle.cos(), angle.sin()), dim=1)
+    return torch.polar(torch.ones_like(angle), angle)
 
 def rotate(x, rope):
-    """Turn each pair of dimensions of x (..., T, hs) by its position's angle; rope is (..., T, 2, hs/2)."""
-    cos, sin = rope.to(x.dtype).unbind(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-def attend(q, k, v, **how):
-    """scaled_dot_product_attention, on a CPU always in fp32: its bf16 backward was measured 20 times slower."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    """Turn each pair of dimensions of x (..., T, hs) by its place's angle: a complex product; rope (..., T, hs/2)."""
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope).flatten(-2)
 
 class Attention(nn.Module):
     """Multi-head attention: self or cross, causal or not, with padding mask and KV cache."""
@@ -119,8 +111,9 @@ class Attention(nn.Module):
             k, v = (cache["k"], cache["v"]) if cache else self.heads(F.linear(memory, w_kv), 2)
         if cache is not None:
             cache["k"], cache["v"] = k, v
-        y = attend(q, k, v, attn_mask=mask, is_causal=causal and T > 1)     # (B, nh, T, hs); the newest token reads all
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        with torch.autocast("cpu", enabled=False):      # fp32: a CPU's bf16 backward was measured 20 x slower
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal and T > 1)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))            # from (B, nh, T, hs)
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, cross-attention if there is a memory to read, MLP."""
@@ -135,12 +128,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd, bias=False), nn.GELU(),
                                  nn.Linear(4 * n_embd, n_embd, bias=False))
 
-    def forward(self, x, rope, mask=None, causal=False, memory=None, memory_mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C)."""
-        cache_self, cache_cross = cache if cache is not None else (None, None)
-        x = x + self.attn(self.norm_attn(x), rope, mask=mask, causal=causal, cache=cache_self)
+    def forward(self, x, rope, mask=None, causal=False, memory=None, memory_mask=None, cache=(None, None)):
+        """x (B, T, C) -> (B, T, C). cache: of the self- and of the cross-attention."""
+        x = x + self.attn(self.norm_attn(x), rope, mask=mask, causal=causal, cache=cache[0])
         if memory is not None:
-            x = x + self.cross(self.norm_cross(x), memory=memory, mask=memory_mask, cache=cache_cross)
+            x = x + self.cross(self.norm_cross(x), memory=memory, mask=memory_mask, cache=cache[1])
         return x + self.mlp(self.norm_mlp(x))
 
 def norm(x):
@@ -154,11 +146,15 @@ class Encoder(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         self.register_buffer("rope", rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head), persistent=False)
+        if cfg.positions == "learned":                                  # then rope turns nothing
+            self.embed_position, self.rope = nn.Embedding(cfg.block_size + 1, cfg.n_embd), self.rope.fill_(1)
 
     def forward(self, tokens, positions, mask=None, top_k=1):
         """tokens, positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, each layer-normed."""
         x, states = self.embed(tokens), []                              # (B, T, C)
-        rope = self.rope[positions].unsqueeze(-4)                       # (B, 1, T, 2, hs/2), shared by the heads
+        if hasattr(self, "embed_position"):
+            x = x + self.embed_position(positions)
+        rope = self.rope[positions].unsqueeze(-3)                       # (B, 1, T, hs/2), shared by the heads
         for block in self.blocks:
             x = block(x, rope, mask=mask)
             states.append(x)
@@ -178,12 +174,8 @@ class Prediction(NamedTuple):
     weight: torch.Tensor    # (B, S) True where there is such a span
     context: torch.Tensor   # (B, T-K, C) the online encoder's latents
     real: torch.Tensor      # (B, T-K) False where the context is padding
-    tokens: torch.Tensor    # (B, K, C) predicted latents of the removed tokens, one by one
+    filled: torch.Tensor    # (B, K, C) predicted latents of the removed tokens, one by one
     missing: torch.Tensor   # (B, K) ids of the removed tokens, -100 in surplus slots
-
-def budget(length, cfg):
-    """How many of length tokens are removed."""
-    return max(1, round(length * cfg.mask_ratio))
 
 def sample_spans(tokens, word_start, cfg):
     """Draw the spans to remove from tokens (B, T) ("variable-span masking", v1.1 section 3.1).
@@ -231,7 +223,7 @@ class Predictor(nn.Module):
     def forward(self, context, context_pos, query_pos, mask=None):
         """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> predictions (B, K, C)."""
         x = torch.cat((self.enter(context), self.query.expand(*query_pos.shape, -1)), dim=1)        # (B, T+K, P)
-        rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, 2, hs/2)
+        rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, hs/2)
         for block in self.blocks:
             x = block(x, rope, mask=mask)
         return self.leave(self.norm(x[:, context.size(1):]))                            # (B, K, C)
@@ -240,7 +232,7 @@ class Predictor(nn.Module):
 class Thought(NamedTuple):
     """What there is to say, before any word."""
     latent: torch.Tensor    # (B, D) the predicted latent of the answer, in the teacher's space
-    tokens: torch.Tensor    # (B, T, C) the encoder's latents of the question's tokens
+    context: torch.Tensor   # (B, T, C) the encoder's latents of the question
     real: torch.Tensor      # (B, T) False where the question is padding
 
     def pick(self, rows):
@@ -262,24 +254,24 @@ class Decoder(nn.Module):
         self.token_head = nn.Linear(C, cfg.vocab_size, bias=False)
         self.token_head.weight = self.embed.weight                      # tied, as in nanoGPT
         self.latent_head = nn.Linear(C, D)
-        self.register_buffer("rope", rotary(cfg.answer_size + 1, C // cfg.n_head), persistent=False)
+        self.register_buffer("rope", rotary(cfg.answer_size, C // cfg.n_head), persistent=False)
 
     def memory(self, thought):
         """A `Thought` of B rows -> what the blocks attend to: memory (B, M', C) and its mask (B, 1, 1, M')."""
         if self.kind == "tokens":
-            return thought.tokens, thought.real[:, None, None]
+            return thought.context, thought.real[:, None, None]
         slots = self.slots(thought.latent).view(len(thought.latent), self.n_slots, -1)  # (B, M, C)
         real = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)       # (B, M)
         if self.kind == "both":
-            slots, real = torch.cat((slots, thought.tokens), dim=1), torch.cat((real, thought.real), dim=1)
+            slots, real = torch.cat((slots, thought.context), dim=1), torch.cat((real, thought.real), dim=1)
         return slots, real[:, None, None]
 
     def forward(self, tokens, memory, memory_mask, caches=None):
         """tokens (B, T) -> states (B, T, C). With caches, tokens are only the newest: the past is remembered."""
         past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
-        x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, 2, hs/2)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, causal=True, memory=memory, memory_mask=memory_mask, cache=caches and caches[i])
+        x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, hs/2)
+        for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
+            x = block(x, rope, causal=True, memory=memory, memory_mask=memory_mask, cache=cache)
         return self.norm(x)
 
 # -- the losses around the latents -------------------------------------------------------------------------------------
@@ -287,6 +279,11 @@ def masked_mean(x, weight, dim):
     """Mean of x over dim(s), counting only what weight (0 or 1, broadcast to x) marks."""
     weight = weight.to(x.dtype).expand_as(x)
     return (x * weight).sum(dim) / weight.sum(dim).clamp(min=1)
+
+def average(pool, latents):
+    """Means over spans: latents (B, K, C), pool (B, S, K) of `Spans` -> (B, S, C). fp32: bf16 would blur the loss."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return pool @ latents.float()
 
 def latent_distance(predicted, target, weight, kind):
     """Mean distance of (N, C) to (N, C) over the rows that weight (N,) marks."""
@@ -328,7 +325,8 @@ class TJEPA(nn.Module):
     def __init__(self, cfg, word_start):
         super().__init__()
         self.cfg = cfg
-        self.encoder, self.predictor, self.decoder = Encoder(cfg), Predictor(cfg), Decoder(cfg)
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.predictor = Predictor(cfg) if cfg.pred_layer else nn.Identity()
         self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()  # own: same space
         self.apply(self.init_weights)
         self.target = deepcopy(self.encoder).requires_grad_(False)      # after the init: it starts as an exact copy
@@ -336,15 +334,13 @@ class TJEPA(nn.Module):
         self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))     # phase 2 begins by setting these:
         self.register_buffer("concept_std", torch.ones(cfg.answer_width))       # a teacher's latents, standardised
 
-    @staticmethod
-    def init_weights(module):
-        """Variance-preserving at any width: with GPT-2's fixed 0.02 narrow models took many times longer to learn."""
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+    def init_weights(self, module):
+        """Variance-preserving at any width, unless --init_std says otherwise."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            linear = isinstance(module, nn.Linear)
+            nn.init.normal_(module.weight, std=(self.cfg.init_std or module.in_features ** -0.5) if linear else 0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
     def trained_in(self, phase):
         """The parts that a phase trains; everything else is frozen in it."""
@@ -352,10 +348,10 @@ class TJEPA(nn.Module):
                 "speak": [self.decoder]}[phase]
 
     # -- phase 1 -------------------------------------------------------------------------------------------------------
-    def encode(self, tokens):
+    def encode(self, tokens, online=False):
         """tokens (B, T) -> latents (B, T, C). The one function that anything downstream uses for representations."""
-        mask = (tokens != self.cfg.pad)[:, None, None]                                  # (B, 1, 1, T)
-        return self.target(tokens, torch.arange(tokens.size(1), device=tokens.device), mask, self.cfg.top_k)
+        encoder, positions = self.encoder if online else self.target, torch.arange(tokens.size(1), device=tokens.device)
+        return encoder(tokens, positions, (tokens != self.cfg.pad)[:, None, None], self.cfg.top_k)  # mask (B, 1, 1, T)
 
     def concept(self, tokens):
         """One latent a text: (B, T) -> (B, C), the mean over its tokens. What a teacher says of an answer: L_a."""
@@ -363,24 +359,33 @@ class TJEPA(nn.Module):
 
     def forward_target(self, tokens, parts):
         """What the target encoder, which reads everything, makes of the removed spans: (B, S, C)."""
-        latents = self.encode(tokens)                                                   # (B, T, C)
+        latents = self.encode(tokens, online=not self.cfg.stop_gradient)                # (B, T, C)
         latents = latents.gather(1, parts.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
-        latents = parts.pool @ latents.float()                                          # (B, S, C)
+        latents = average(parts.pool, latents)                                          # (B, S, C)
         return norm(latents) if self.cfg.target_norm else latents   # else long spans, with short means, weigh less
 
+    def fill(self, tokens, positions, real, queries, asked):
+        """The online encoder reads what is there, the predictor fills in what is not. tokens (B, T) at positions, holes
+        (B, K) at queries; real, asked: which of them count -> latents (B, T, C), predictions (B, K, C)."""
+        keys = torch.cat((real, asked), dim=1)[:, None, None]                           # (B, 1, 1, T+K)
+        if not self.cfg.pred_layer:     # without a predictor, what is missing is a [MASK] that the encoder reads
+            tokens = F.pad(tokens, (0, queries.size(1)), value=self.cfg.mask)           # (B, T+K)
+            return self.encoder(tokens, torch.cat((positions, queries), 1), keys).tensor_split((real.size(1),), dim=1)
+        context = self.encoder(tokens, positions, real[:, None, None])                  # (B, T, C)
+        return context, self.predictor(context, positions, queries, keys)
+
     def predict(self, tokens, spans, n_removed=None):
-        """The online encoder reads what is left, the predictor fills the holes. tokens, spans (B, T) -> `Prediction`.
-        n_removed: most tokens removed in a row, by default the budget of `sample_spans`."""
-        parts = split_spans(spans, tokens, n_removed or budget(tokens.size(1), self.cfg), self.cfg)
-        with torch.no_grad():
+        """Hide the spans, and guess what the target makes of them: tokens, spans (B, T) -> `Prediction`.
+        n_removed: most tokens removed in a row, by default what `sample_spans` takes from a full one."""
+        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        parts = split_spans(spans, tokens, n_removed, self.cfg)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.stop_gradient):
             target = self.forward_target(tokens, parts)
         kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
         real = kept != self.cfg.pad
-        context = self.encoder(kept, parts.context, real[:, None, None])                # (B, T-K, C)
-        keys = torch.cat((real, asked), dim=1)[:, None, None]                           # (B, 1, 1, T)
-        filled = self.predictor(context, parts.context, parts.removed, keys).float()    # (B, K, C)
+        context, filled = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K, C), (B, K, C)
         missing = tokens.gather(1, parts.removed).masked_fill(~asked, -100)
-        return Prediction(parts.pool @ filled, target, parts.pool.sum(2) > 0, context, real, filled, missing)
+        return Prediction(average(parts.pool, filled), target, parts.pool.sum(2) > 0, context, real, filled, missing)
 
     def pretrain_loss(self, tokens, spans):
         """Phase 1 (v1.1 section 3.1). tokens (B, T), spans (B, T) from `sample_spans` -> (loss, stats)."""
@@ -395,7 +400,7 @@ class TJEPA(nn.Module):
                 stats[name] = regulariser(z)
                 loss = loss + pull * stats[name]
         if cfg.mlm:
-            logits = F.linear(norm(p.tokens), self.encoder.embed.weight)                # (B, K, V)
+            logits = F.linear(norm(p.filled), self.encoder.embed.weight)                # (B, K, V)
             stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), p.missing.flatten())
             loss = loss + cfg.mlm * stats["mlm"]
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -420,11 +425,9 @@ class TJEPA(nn.Module):
         if drop:
             kept = real & (torch.rand_like(real, dtype=torch.float) >= drop)
             real = torch.where(kept.any(1, keepdim=True), kept, real)                   # never all of a question
-        positions = torch.arange(question.size(1), device=question.device)
-        context = self.encoder(question, positions, real[:, None, None])                # (B, T, C)
-        keys = F.pad(real, (0, 1), value=True)[:, None, None]                           # (B, 1, 1, T+1)
-        guess = self.predictor(context, positions.expand(len(question), -1), next_pos, keys)[:, 0]  # (B, C)
-        return Thought(self.W(guess), context, real)
+        positions = torch.arange(question.size(1), device=question.device).expand_as(question)
+        context, guess = self.fill(question, positions, real, next_pos, torch.ones_like(next_pos, dtype=torch.bool))
+        return Thought(self.W(guess[:, 0]), context, real)                              # (B, D), (B, T, C)
 
     def distill_loss(self, question, answer_latent):
         """Phase 2 (v1.1 section 3.3): MSE(W L_p, L_a). question (B, T), answer_latent (B, D) -> (loss, stats)."""
@@ -437,9 +440,8 @@ class TJEPA(nn.Module):
         """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token, v2.0: alpha = 0. A thought may be kept:
         its encoder is frozen. answer (B, A) ends in EOS and padding, answer_latent (B, D). Returns (loss, stats)."""
         # a thought that errs leans towards another answer: blur it with others of the batch, and with noise
-        z, noise = thought.latent, self.cfg.noise
-        noisy = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], noise * torch.rand(len(z), 1, device=z.device))
-        noisy = noisy + noise * torch.randn_like(z)
+        z, blur = thought.latent, self.cfg.noise * torch.rand(len(thought.latent), 1, device=thought.latent.device)
+        noisy = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], blur) + self.cfg.noise * torch.randn_like(z)
         memory, mask = self.decoder.memory(thought._replace(latent=noisy))
         said = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)                        # (B, A): BOS, then the answer
         states = self.decoder(said, memory, mask)                                       # (B, A, C)
@@ -487,12 +489,10 @@ def latent_health(z, real):
     content = content[:8192]                # twenty times the widest preset: enough for RankMe
     s = torch.linalg.svdvals(content - content.mean(0))
     p = s / s.sum().clamp(min=1e-12) + 1e-12
-    def cosine(x):                          # mean over all pairs but the n with themselves
-        mean, n = F.normalize(x, dim=-1).mean(0), len(x)
-        return ((n * (mean @ mean) - 1) / (n - 1)).item()
-    return dict(std=content.std(0).mean().item(), rank=torch.exp(-(p * p.log()).sum()).item(),
-                bound=min(len(content) - 1, z.size(-1)), cos=cosine(flat), cos_centred=cosine(flat - flat.mean(0)),
-                pos=pos.item())
+    n, means = len(flat), [F.normalize(x, dim=-1).mean(0) for x in (flat, flat - flat.mean(0))]
+    cos, cos_centred = [((n * (mean @ mean) - 1) / (n - 1)).item() for mean in means]   # of all pairs, less self
+    return dict(std=content.std(0).mean().item(), rank=torch.exp(-(p * p.log()).sum()).item(), pos=pos.item(),
+                bound=min(len(content) - 1, z.size(-1)), cos=cos, cos_centred=cos_centred)
 
 def health_word(health):
     """One word for the bar: healthy, shrinking or collapsed."""

@@ -86,7 +86,7 @@ PRESETS = dict(
 RECIPES = dict(default={}, paper=dict(target="span", top_k=1, target_norm=False, loss="mse",
                                       sigreg=0.0, vicreg=0.0, mlm=0.0))
 # what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
-FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd".split())
+FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions".split())
 
 # -- from flags to a Config --------------------------------------------------------------------------------------------
 def resolve(given):

@@ -61,7 +61,7 @@ def test_spans_are_whole_words_but_for_the_last_one(model):
 def test_context_and_removed_tokens_are_a_partition(model):
     tokens = rows(pad=1)
     spans = spans_of(model, tokens)
-    parts = tjepa.split_spans(spans, tokens, tjepa.budget(32, model.cfg), model.cfg)
+    parts = tjepa.split_spans(spans, tokens, round(32 * model.cfg.mask_ratio), model.cfg)
     both = torch.cat((parts.context, parts.removed), dim=1).sort(1).values
     assert torch.equal(both, torch.arange(32).expand(8, -1))
     gone = spans < model.cfg.max_spans
