@@ -42,7 +42,7 @@ class Config:
     target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
     top_k: int = 4              # layers averaged into the target; 1 = the last layer only, as in the paper
     target_norm: bool = True    # layer-norm the targets once more: off, shrinking them is the easiest way down
-    loss: str = "mse"           # mse | smooth_l1 | infonce: the distance between prediction and target
+    loss: str = "mse"           # distance to the target: mse | smooth_l1 | infonce | none (with mlm=1: a masked LM)
     sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
     vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
     mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
@@ -64,11 +64,10 @@ class Config:
             ("n_embd pred_embd", lambda v: v % (2 * self.n_head) == 0, f"a multiple of 2 * n_head = {2 * self.n_head}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
             *((name, allowed.__contains__, "one of " + ", ".join(allowed)) for name, allowed in dict(
-                positions=("rotary", "learned"), target=("span", "token"), loss=("mse", "smooth_l1", "infonce"),
-                memory=("tokens", "thought", "both")).items())))
+                positions=("rotary", "learned"), target=("span", "token"), memory=("tokens", "thought", "both"),
+                loss=("mse", "smooth_l1", "infonce", "none")).items())))
 
-    # the specials are the last ids, each with one of its own
-    pad, bos, eos, mask = (property(lambda self, i=i: self.vocab_size - i) for i in (4, 3, 2, 1))
+    pad, bos, eos, mask = (property(lambda self, i=i: self.vocab_size - i) for i in (4, 3, 2, 1))   # the last ids
     tau = property(lambda self: 0.5 ** (1 / self.ema_half_life) if self.ema_half_life else 0.0)
     answer_width = property(lambda self: self.teacher_width or self.n_embd)
     # so many spans are drawn: twice what would remove mask_ratio of the text, because they overlap
@@ -287,6 +286,8 @@ def average(pool, latents):
 
 def latent_distance(predicted, target, weight, kind):
     """Mean distance of (N, C) to (N, C) over the rows that weight (N,) marks."""
+    if kind == "none":
+        return predicted.new_zeros(())
     if kind == "infonce":       # tell your own target from the batch's others: not in the papers, a known cure
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T / 0.1                       # (N, N)
         own = torch.arange(len(logits), device=logits.device).masked_fill(~weight, -100)
@@ -486,8 +487,7 @@ def latent_health(z, real):
     z, real = z.cpu().double(), real.cpu()  # not every GPU knows float64
     flat, content = z[real], (z - masked_mean(z, real[..., None], 0))[real]             # (N, C), less position's mean
     pos = 1 - (content ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum().clamp(min=1e-12)
-    content = content[:8192]                # twenty times the widest preset: enough for RankMe
-    s = torch.linalg.svdvals(content - content.mean(0))
+    s = torch.linalg.svdvals(content[:8192] - content[:8192].mean(0))       # twenty times the widest preset: enough
     p = s / s.sum().clamp(min=1e-12) + 1e-12
     n, means = len(flat), [F.normalize(x, dim=-1).mean(0) for x in (flat, flat - flat.mean(0))]
     cos, cos_centred = [((n * (mean @ mean) - 1) / (n - 1)).item() for mean in means]   # of all pairs, less self

@@ -23,8 +23,8 @@ class Flags:
     table: str = ""             # write the table into this file, between its markers, instead of only printing it
 
 
-def run_arms(lab, arms, flags):
-    """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the run's figures.
+def run_arms(lab, arms, flags, measure=train.run):
+    """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the figures of measure(Config).
 
     A row is on disk, as result.json, the moment it is measured; <out>/<lab>.csv holds them all.
     """
@@ -42,7 +42,7 @@ def run_arms(lab, arms, flags):
         eta = f", about {statistics.mean(spent) * (len(todo) - i):.0f} minutes" if spent else ""
         print(f"{lab}: arm {name}, seed {seed}; {len(todo) - i} runs left{eta}", flush=True)
         started, out = time.perf_counter(), folder / f"{name}_{seed}"
-        figures = train.run(dataclasses.replace(arms[name], seed=seed, out=str(out)))
+        figures = measure(dataclasses.replace(arms[name], seed=seed, out=str(out)))
         spent.append((time.perf_counter() - started) / 60)
         (out / "result.json").write_text(json.dumps(dict(arm=name, seed=seed, commit=commit) | figures))
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]

@@ -1,5 +1,6 @@
 """
 Kill train.py at random moments, resume it, compare the final weights with those of an uninterrupted run, bit by bit.
+Every second kill waits for the next checkpoint and strikes while that is being written.
 
     python -m tests.kill            20 kills, some minutes: too long for the test-suite, which stops each phase once instead
 """
@@ -20,7 +21,7 @@ from tests.toy import FLAGS, write_corpus
 
 def start(folder, out, *more):
     """A training process on the toy."""
-    flags = {**FLAGS, "distill_steps": 40, "speak_steps": 40, "eval_every": 10, "out": out,
+    flags = {**FLAGS, "pretrain_steps": 40, "distill_steps": 40, "speak_steps": 40, "eval_every": 10, "out": out,
              "data": folder / "text.txt", "qa": folder / "qa.tsv"}
     argv = more or [f"--{name}={value}" for name, value in flags.items()]
     return subprocess.Popen([sys.executable, "train.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -29,18 +30,20 @@ def start(folder, out, *more):
 def kill_and_resume(folder, whole, seconds, rng, i):
     """One kill; returns where it hit and whether the resumed run ended with the same weights."""
     out = folder / f"killed{i}"
-    process = start(folder, out)
-    time.sleep(rng.uniform(0.1, 1.0) * seconds)
+    process, partial = start(folder, out), out / "ckpt.part"
+    time.sleep(rng.uniform(0.2, 0.95) * seconds)
+    while i % 2 and process.poll() is None and not partial.exists():
+        pass
     process.kill()
     process.wait()
     found = train.load_checkpoint(out) if (out / "ckpt.pt").exists() else None
     where = f"{found['phase']} step {found['step']}" if found else "before the first checkpoint"
-    partial = (out / "ckpt.part").exists()
+    writing = partial.exists()
     resumed = start(folder, out, "--resume", f"--out={out}") if found else start(folder, out)
     same = resumed.wait() == 0 and all(torch.equal(value, whole[name])
                                        for name, value in train.load_checkpoint(out)["model"].items())
     shutil.rmtree(out)
-    return where + (", while a checkpoint was being written" if partial else ""), same
+    return where + (", while a checkpoint was being written" if writing else ""), same
 
 
 def main(kills=20):

@@ -1,0 +1,145 @@
+"""
+Why doesn't it collapse? Phase 1 broken on purpose, one arm a flag or two, and the cures.
+
+    python -m labs.collapse                 3 seeds of each arm, about 2 minutes an arm and seed on one core
+    python -m labs.collapse --fast          does it run?
+
+Expected before the first run: without stop-gradient, without EMA and without a predictor the latents collapse; learned
+positions collapse onto position; the paper's recipe loses rank but lives; SIGReg, VICReg and InfoNCE cure it.
+
+Every arm is the paper's recipe with one thing changed, but for train.py's default and the masked LM, the token-grounded
+control (an encoder that reads [MASK]s). All share tokens, width, seeds and one learning rate: it was not tuned an arm.
+After phase 1 each arm is judged by what a student wants of it: a probe (on which continent is the country that a
+question names?), the cloze, and a short phase 2 (R@1 of the thought for LAT facts). The health word sees none of these.
+"""
+import csv
+import dataclasses
+import statistics
+from pathlib import Path
+
+import torch
+
+import data
+import tjepa
+import train
+from labs.arms import Flags, main, publish, run_arms, table
+from labs.measures import content_sensitivity, features, logistic_probe
+
+BASE = train.Config(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100, **train.RECIPES["paper"])
+CHANGES = {
+    "random-init encoder": dict(pretrain_steps=0),
+    "paper": {},
+    "no stop-gradient": dict(stop_gradient=False, ema_half_life=0),
+    "no EMA": dict(ema_half_life=0),
+    "frozen random target": dict(ema_half_life=float("inf")),
+    "EMA too slow": dict(ema_half_life=1000),
+    "no predictor": dict(pred_layer=0),
+    "init of GPT-2": dict(init_std=0.02),
+    "learned positions": dict(positions="learned"),
+    "token target": dict(target="token"),
+    "top-4 layers": dict(top_k=4),
+    "target norm": dict(target_norm=True),
+    "+ masked LM": dict(mlm=0.5),
+    "+ InfoNCE": dict(loss="infonce"),
+    "+ VICReg": dict(vicreg=1.0),
+    "+ SIGReg": dict(sigreg=1.0),
+    "default": dict(sigreg=1.0, top_k=4, target_norm=True),
+    "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
+}
+ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
+COLUMNS = {"rank / bound": "share", "std": "std", "cos": "cos", "position": "pos", "R2": "val_r2", "hit1": "hit1",
+           "content": "content", "probe": "probe", "cloze": "cloze_capital", "R@1 LAT trained": "r1_LAT",
+           "R@1 LAT held-out": "r1_LAT_heldout", "health": "health"}
+PANELS = {"latent loss": "latent", "R2 on held-out text": "val_r2", "std across sequences": "std",
+          "rank / bound": "rank", "hit1": "hit1"}
+
+
+def continents(corpus):
+    """Questions that name a country, and its continent, as (question, continent, country)."""
+    of = {row.subject: row.answer for row in corpus.qa if row.relation == "continent" and row.split != "NEVER"}
+    return [(row.question, of[row.subject], row.subject) for row in corpus.qa
+            if row.relation in ("capital", "currency", "language") and row.subject in of]
+
+def read_run(cfg):
+    """The corpus and the model of the run in cfg.out."""
+    checkpoint = train.load_checkpoint(cfg.out)
+    corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]))
+    return corpus, train.build(cfg, corpus.tokenizer, checkpoint["model"])
+
+def content(corpus, model):
+    """Content sensitivity of the target, on held-out text."""
+    torch.manual_seed(0)
+    tokens = corpus.val.batch(256)
+    return content_sensitivity(model, tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
+
+def probe(corpus, model, folds=5):
+    """Accuracy of a logistic regression from frozen latents to a continent, over countries it was not fitted on."""
+    asked, labels, names = zip(*continents(corpus))
+    x = features(model, data.pack(corpus.tokenizer, list(asked), model.cfg.block_size, "--block_size"))     # (n, C)
+    y = torch.tensor([sorted(set(labels)).index(label) for label in labels])                                # (n,)
+    order = sorted(set(names))
+    fold = torch.tensor([order.index(name) % folds for name in names])      # a country is in one fold, whole
+    scores = []
+    for test in range(folds):
+        dev = (test + 1) % folds
+        parts = (fold != test) & (fold != dev), fold == dev, fold == test
+        scores.append(logistic_probe(*((x[rows], y[rows]) for rows in parts))[0])
+    return statistics.mean(scores)
+
+def measure(cfg):
+    """An arm: phase 1, what is in its latents, a short phase 2."""
+    figures = train.run(dataclasses.replace(cfg, phase="pretrain"))
+    read = read_run(cfg)
+    figures |= dict(share=figures["rank"] / figures["bound"], content=content(*read), probe=probe(*read))
+    return figures | train.run(dataclasses.replace(cfg, phase="distill"))
+
+def curve(folder, arm, seeds, name):
+    """(steps, means over seeds) of a column of metrics.csv in phase 1."""
+    at = {}
+    for seed in range(seeds):
+        path = folder / f"{arm}_{seed}" / "metrics.csv"
+        for row in csv.DictReader(path.open()) if path.exists() else ():
+            if row["phase"] == "pretrain" and row[name]:
+                value = float(row[name]) / (float(row["bound"]) if name == "rank" else 1)
+                at.setdefault(int(row["step"]), []).append(value)
+    return list(at), [statistics.mean(values) for values in at.values()]
+
+def draw(folder, rows, arms, seeds, path):
+    """Six panels: the curves of phase 1, an arm a colour, and where they lead: probe against R@1 of phase 2."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    colour = dict(zip(arms, plt.get_cmap("tab20").colors))
+    for axis, (title, name) in zip(axes.flat, PANELS.items()):
+        for arm in arms:
+            axis.plot(*curve(folder, arm, seeds, name), color=colour[arm], linewidth=1.2)
+        axis.set(title=title, xlabel="step of phase 1")
+    axes[0, 0].set_yscale("log")
+    axes[0, 1].set_ylim(-1, 1)
+    for arm in arms:
+        led = zip(*((row["probe"], row["r1_LAT_heldout"]) for row in rows if row["arm"] == arm))
+        axes[1, 2].plot(*led, "o", color=colour[arm], label=arm)
+    axes[1, 2].set(title="where it leads", xlabel="probe: continent", ylabel="R@1 LAT held-out after phase 2")
+    figure.legend(*axes[1, 2].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def collapse(flags):
+    """Run the arms; write collapse.csv, the figure and the table, worst rank first."""
+    few = dict(distill_steps=2, n_embd=32, pred_embd=16, batch_size=8, eval_every=3) if flags.fast else {}
+    steps = 6 if flags.fast else BASE.pretrain_steps
+    arms = {name: dataclasses.replace(cfg, pretrain_steps=min(cfg.pretrain_steps, steps), **few)
+            for name, cfg in ARMS.items()}
+    rows = run_arms("collapse", arms, flags, measure)
+    seen = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
+    seen.sort(key=lambda arm: statistics.mean(row["share"] for row in rows if row["arm"] == arm))
+    folder = Path(flags.out) / ("collapse" + "-fast" * flags.fast)
+    draw(folder, rows, seen, flags.seeds, folder.with_suffix(".png"))
+    publish("collapse", rows, table(rows, seen, COLUMNS), flags.table)
+    print(f"figure: {folder.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main(collapse)
