@@ -68,9 +68,10 @@ def test_context_and_removed_tokens_are_a_partition(model):
     assert not gone.gather(1, parts.context).any()
 
 
-def test_masked_tokens_cannot_leak(model):
+@pytest.mark.parametrize("changes", [{}, dict(pred_layer=0), dict(positions="learned")])
+def test_masked_tokens_cannot_leak(changes):
     """Change every removed token: what the online encoder and the predictor say must not move, the target must."""
-    tokens = rows()
+    model, tokens = make(**changes), rows()
     spans = spans_of(model, tokens)
     changed = torch.where(spans < model.cfg.max_spans, (tokens + 7) % 50, tokens)
     a, b = model.predict(tokens, spans), model.predict(changed, spans)
@@ -115,6 +116,39 @@ def test_target_gets_no_gradient(model):
     tokens = rows()
     model.pretrain_loss(tokens, spans_of(model, tokens))[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+
+
+def test_without_stop_gradient_the_online_encoder_learns_to_be_easy():
+    """The same loss, but the targets' own gradient reaches the encoder; with it, that of the predictions alone."""
+    tokens, gradients = rows(), []
+    for stop in True, False:
+        model = make(stop_gradient=stop, sigreg=0.0)
+        spans = spans_of(model, tokens)
+        found = model.predict(tokens, spans)
+        assert found.target.requires_grad is not stop
+        torch.manual_seed(3)
+        loss, _ = model.pretrain_loss(tokens, spans)
+        loss.backward()
+        gradients.append((loss.item(), model.encoder.embed.weight.grad.clone()))
+    assert gradients[0][0] == gradients[1][0] and not torch.allclose(gradients[0][1], gradients[1][1])
+
+
+def test_a_frozen_target_never_moves():
+    model = make(ema_half_life=math.inf)
+    before = model.target.embed.weight.clone()
+    with torch.no_grad():
+        model.encoder.embed.weight.add_(1)
+    model.ema_update(model.cfg.tau)
+    assert torch.equal(model.target.embed.weight, before)
+
+
+def test_latents_are_compared_in_fp32():
+    """Autocast would round span means to eight bits."""
+    model, tokens = make(target_norm=False), rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.predict(tokens, spans_of(model, tokens))
+    for latents in found.spans, found.target:
+        assert latents.dtype == torch.float32 and not torch.equal(latents, latents.bfloat16().float())
 
 
 def test_ema_half_life_is_what_the_flag_says():
@@ -186,6 +220,12 @@ def test_positions_are_relative(model):
     tokens = rows(2, 10)
     torch.testing.assert_close(model.encoder(tokens, torch.arange(10)), model.encoder(tokens, torch.arange(10) + 20),
                                atol=1e-4, rtol=1e-4)
+
+
+def test_learned_positions_are_absolute():
+    """The ablation: the same text elsewhere has other latents."""
+    model, tokens = make(positions="learned"), rows(2, 10)
+    assert not torch.allclose(model.encoder(tokens, torch.arange(10)), model.encoder(tokens, torch.arange(10) + 20), atol=0.05)
 
 
 def test_future_tokens_cannot_leak(model):
