@@ -91,7 +91,8 @@ def recall(run, questions, table):
     thoughts = think_all(run, questions.tokens)
     distance = torch.cdist(thoughts.latent, table)                                                  # (n, A)
     rivals = distance.masked_fill(~questions.rivals, torch.inf)
-    rank = 1 + (rivals < rivals.gather(1, questions.answer_of[:, None])).sum(1)                     # (n,)
+    # a tie is lost: collapsed latents, all the same, would be perfect
+    rank = (rivals <= rivals.gather(1, questions.answer_of[:, None])).sum(1)                        # (n,)
     return (by_split(questions, "r1", rank == 1) | by_split(questions, "mrr", 1 / rank)
             | abstention(questions, distance.amin(1)))
 

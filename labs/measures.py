@@ -58,10 +58,10 @@ def ridge_probe(train, dev, test):
     """Linear regression on latents. Each split: x (n, C), y (n,) or (n, D), real -> (R2 on test, the penalty chosen).
     R2 as in `tjepa.r_squared`: at most 1, 0 knows the average only, below 0 is worse. ValueError: as in `rows_of`."""
     (x, y), dev, test = ((x, y.double().reshape(len(x), -1)) for x, y in standardised(train, dev, test))
-    free = torch.ones(x.size(1), dtype=x.dtype)
-    free[-1] = 0                                        # the bias costs nothing
+    cost = torch.ones(x.size(1), dtype=x.dtype)
+    cost[-1] = 0                                        # the bias is free
     def fit(penalty):
-        return torch.linalg.solve(x.T @ x / len(x) + penalty * free.diag(), x.T @ y / len(x))           # (C+1, D)
+        return torch.linalg.solve(x.T @ x / len(x) + penalty * cost.diag(), x.T @ y / len(x))           # (C+1, D)
     def score(w, x, y):
         return tjepa.r_squared(x @ w, y, torch.ones(len(x))).item()
     return choose(fit, score, dev, test)
@@ -75,7 +75,7 @@ def logistic_probe(train, dev, test):
     (x, y), dev, test = ((x.float(), y) for x, y in standardised(train, dev, test))
     classes, y = y.unique(return_inverse=True)
     w = torch.zeros(x.size(1), len(classes), requires_grad=True)                                        # (C+1, classes)
-    def fit(penalty):                                   # goes on from the last weights: six cost little more than one
+    def fit(penalty):                                   # goes on from the weights of the last penalty, which are near
         optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_change=1e-8, line_search_fn="strong_wolfe")
         def loss():
             optimizer.zero_grad()
