@@ -44,7 +44,7 @@ class Config(tjepa.Config):
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
     qa: str = ""                # your own questions for phases 2 and 3: a file of lines: question, tab, answer
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, needs a download once
-    teacher: str = "self"       # who says what an answer's latent is: self = the target encoder | a .npz of vectors
+    teacher: str = "self"       # who says what an answer's latent is: self = the target encoder | ckpt:DIR | a .npz of vectors
     seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
@@ -52,7 +52,7 @@ class Config(tjepa.Config):
     resume: bool = False        # go on where the run in --out stopped; ends bit-identical to an uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1: steadier steps, linearly more time
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
-    accum: int = 1              # split each batch into this many parts, if memory is short
+    accum: int = 1              # split each batch into this many equal parts, if memory is short
     pretrain_steps: int = 800   # steps of phase 1; 0 leaves the encoder at its random initialisation, the control
     distill_steps: int = 700    # steps of phase 2; 0 teaches nothing, the control
     speak_steps: int = 500      # steps of phase 3
@@ -75,7 +75,7 @@ class Config(tjepa.Config):
             ("batch_size qa_batch_size accum eval_every", lambda v: v >= 1, "1 or more"),
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
             ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: v >= 0, "0 or more"),
-            ("accum", lambda v: v <= min(self.batch_size, self.qa_batch_size), "at most the batch sizes"),
+            ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
 PRESETS = dict(
@@ -129,11 +129,11 @@ def save_checkpoint(out, checkpoint):
         os.fsync(file.fileno())
     path.with_suffix(".part").replace(path)
 
-def load_checkpoint(out):
+def load_checkpoint(out, flag="--out="):
     """The dict in out/ckpt.pt; ValueError says what is wrong with the file. Never runs code from it."""
     path = Path(out) / "ckpt.pt"
     if not path.exists():
-        raise ValueError(f"no checkpoint in --out={out}: run `python train.py --out={out}` first (its --help lists the phases)")
+        raise ValueError(f"no checkpoint in {flag}{out}: run `python train.py --out={out}` first (its --help lists the phases)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -286,6 +286,16 @@ def pretrain(run):
     cloze = evaluate.cloze if "capital" in run.corpus.values else lambda run, relation: {}
     return loss_at, lambda whole: evaluate.evaluate_text(run) | (cloze(run, "capital") if whole else {})
 
+@torch.no_grad()
+def teacher_vectors(cfg, answers):
+    """What the teacher that cfg names makes of some answers (A strings): (A, D), or None if the model teaches itself."""
+    if not cfg.teacher.startswith("ckpt:"):
+        return None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, answers)
+    saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
+    theirs, tokenizer = Config(**saved["config"]), data.Tokenizer.from_state(saved["tokenizer"])
+    return build(theirs, tokenizer, saved["model"]).concept(
+        data.pack(tokenizer, [" " + answer for answer in answers], theirs.block_size, "the teacher's --block_size"))
+
 def standardise(model, latents):
     """A teacher's latents (n, D) in the units that thoughts have."""
     return (latents - model.concept_mean) / model.concept_std
@@ -370,7 +380,7 @@ def run(cfg):
                              "or stop after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
     if "distill" in phases:             # before the model: the width of the teacher is the width of W
-        vectors = None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, questions.answers)
+        vectors = teacher_vectors(cfg, questions.answers)
         cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
     # a phase that is started anew starts with fresh parts of its own
     fresh = [] if cfg.resume else dict(distill=["W.", "decoder.", "concept_"], speak=["decoder."]).get(phases[0], [])

@@ -131,6 +131,21 @@ def test_vectors_of_another_width_can_teach(toy):
     assert figures["r1_DEC"] > 0.9
 
 
+def test_another_run_can_teach(toy):
+    """--teacher=ckpt:DIR: the concepts are those that the other run's target encoder has, with its own tokenizer."""
+    folder, cfg, _ = toy
+    figures = train.run(config(folder, "pupil", teacher=f"ckpt:{cfg.out}", n_embd=16, pred_embd=8, pretrain_steps=0,
+                               distill_steps=300, speak_steps=2))
+    saved, theirs = train.load_checkpoint(folder / "pupil"), train.load_checkpoint(cfg.out)
+    assert saved["config"]["teacher_width"] == cfg.n_embd and saved["concepts"].shape[1] == cfg.n_embd
+    tokenizer = train.data.Tokenizer.from_state(theirs["tokenizer"])
+    concept = train.build(cfg, tokenizer, theirs["model"]).concept(
+        torch.tensor([tokenizer.encode(" " + saved["answers"][0])]))[0]
+    model = saved["model"]
+    torch.testing.assert_close(saved["concepts"][0], (concept - model["concept_mean"]) / model["concept_std"])
+    assert figures["r1_DEC"] > 0.9
+
+
 def test_speech_needs_the_thought(toy):
     """The grounding of phase 3: with the thought of another question the decoder says another answer."""
     assert toy[2]["em_shuffled"] < 0.5 * toy[2]["em_DEC"]
@@ -152,6 +167,7 @@ def test_starting_over_keeps_the_old_checkpoint(toy):
     ("--pretrain_lr=nan", "pretrain_lr"), ("--dtype=fp16", "auto, fp32, bf16"), ("--phase=sing", "pretrain"),
     ("--loss=l7", "smooth_l1"), ("--compile=perhaps", "neither true nor false"), ("--top_k=9", "n_layer"),
     ("--data=nowhere.txt", "nowhere.txt"), ("--qa=nowhere.tsv", "nowhere.tsv"), ("--teacher=nowhere.npz", "nowhere.npz"),
+    ("--teacher=ckpt:nowhere", "--teacher=ckpt:nowhere"),
     ("--block_size=5000", "--block_size=5000")])
 def test_bad_flags_are_one_line_that_names_the_flag(toy, capsys, flag, words):
     folder, cfg, _ = toy

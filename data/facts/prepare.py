@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))        # so that it also runs as a plain script
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
+WORDINGS = 8        # statements of a relation that are used: with 13 the same facts took twice as many steps to learn
 # how many facts of each relation make the tiny world: the most famous ones, which stand first in facts.tsv
-WORDINGS = 8     # statements of a relation that are used: with 13 the same facts took twice as many steps to learn
 TINY = dict(capital=40, continent=40, currency=40, language=30, author=40, painter=25, inventor=25, composer=20,
             symbol=25, landmark_city=20)
 EPOCHS = dict(tiny=12, all=6)       # how often each sentence is written, each time in other company
