@@ -27,8 +27,9 @@ def evaluate_text(run, rows=256):
     p, t = predicted[:2000], target[:2000]
     own = torch.arange(len(p), device=run.device)
     health = tjepa.latent_health(latents, tokens != model.cfg.pad)
-    return dict(val_r2=tjepa.r_squared(predicted, target, torch.ones(len(target), device=run.device)).item(), chance=1 / len(t),
-                hit1=(torch.cdist(p, t).argmin(1) == own).float().mean().item(), health=tjepa.health_word(health), **health)
+    r2, hits = tjepa.r_squared(predicted, target, torch.ones_like(target[:, 0])), torch.cdist(p, t).argmin(1) == own
+    return dict(val_r2=r2.item(), hit1=hits.float().mean().item(), chance=1 / len(t), health=tjepa.health_word(health),
+                **health)
 
 @torch.no_grad()
 def gap_energy(run, tokenizer, before, values, after, size=512):
@@ -40,8 +41,8 @@ def gap_energy(run, tokenizer, before, values, after, size=512):
     longest = max(middles, key=len)
     width = len(left + longest + right)     # a shorter value leaves padding, which fills the slots that it lacks
     if width > block_size:
-        raise ValueError(f"the text has {width} tokens with '{values[middles.index(longest)]}' in the gap, above the run's "
-                         f"block_size={block_size}: shorten it")
+        raise ValueError(f"the text has {width} tokens with '{values[middles.index(longest)]}' in the gap, above the "
+                         f"run's block_size={block_size}: shorten it")
     tokens = torch.full((len(values), width), tokenizer.pad)                                        # (n, T)
     spans = torch.full_like(tokens, run.model.cfg.max_spans)                                        # (n, T)
     for row, middle in enumerate(middles):
@@ -52,8 +53,8 @@ def gap_energy(run, tokenizer, before, values, after, size=512):
                       zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
 
 def cloze(run, relation):
-    """Share of a relation's held-out statements whose own answer has the lowest energy, and its chance: among the answers
-    that the text names, and (_all) among all values in the world, most of which the text of a small run never names.
+    """Share of a relation's held-out statements whose own answer has the lowest energy, and its chance: among the
+    answers that the text names, and (_all) among all of facts.tsv, most of which the text of a small run never names.
     """
     items = [item for item in run.corpus.cloze if item.relation == relation]
     known = sorted({item.answer for item in items})
@@ -99,8 +100,8 @@ def recall(run, questions, table):
 def abstention(questions, distance):
     """Distance of the thought to the nearest known concept, (n,), as a sign of not knowing.
 
-    threshold keeps 95 % of the DEC questions in held-out phrasing (all, if there is only one phrasing); abstain is the share of NEVER questions beyond it;
-    auroc is the chance that a NEVER question lies farther away than such a DEC question.
+    threshold keeps 95 % of the DEC questions in held-out phrasing (all, if there is only one phrasing); abstain is the
+    share of NEVER questions beyond it; auroc is the chance that a NEVER question lies farther away than such a DEC one.
     """
     phrasing = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
     known = distance[questions.where("DEC", phrasing=phrasing)]
@@ -132,7 +133,8 @@ def exact_match(run, questions, thoughts):
 @torch.no_grad()
 def transcript(run, questions, table, threshold):
     """One question of each split that is there, in a phrasing never trained on if there is one: lines to print."""
-    notes = dict(DEC="taught in latent space and as tokens", LAT="taught in latent space, never shown to the decoder as tokens",
+    notes = dict(DEC="taught in latent space and as tokens",
+                 LAT="taught in latent space, never shown to the decoder as tokens",
                  NEVER="its subject is invented, nothing knows it")
     lines, questions = [], questions.only("heldout")
     for split, note in notes.items():
@@ -149,11 +151,12 @@ def summary(figures):
     """The figures of a run as lines to print; what was not measured is left out."""
     lines = []
     if "val_r2" in figures:
-        lines.append(f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, rank {figures['rank']:.0f} of {figures['bound']} "
-                     f"(share {figures['rank'] / figures['bound']:.2f}), {figures['health']}" + (
-                         f", capital by lowest energy {figures['cloze_capital']:.2f} (chance "
-                         f"{figures['cloze_capital_chance']:.3f}), among all of the world {figures['cloze_capital_all']:.2f} "
-                         f"({figures['cloze_capital_all_chance']:.3f})" if "cloze_capital" in figures else ""))
+        share = f"share {figures['rank'] / figures['bound']:.2f}"
+        lines.append("pretrain: R2 {val_r2:.2f} on held-out text, rank {rank:.0f} of {bound} ".format(**figures)
+                     + f"({share}), {figures['health']}")
+    if "cloze_capital" in figures:
+        lines[-1] += (", capital by lowest energy {cloze_capital:.2f} (chance {cloze_capital_chance:.3f}), among all of "
+                      "the world {cloze_capital_all:.2f} ({cloze_capital_all_chance:.3f})").format(**figures)
     for name, title in ("r1", "distill: R@1 of the thought"), ("em", "speak: exact match"):
         cells = [f"{split} {figures[f'{name}_{split}']:.3f}" + (
             f" / {figures[f'{name}_{split}_heldout']:.3f}" if f"{name}_{split}_heldout" in figures else "")

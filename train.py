@@ -44,7 +44,7 @@ class Config(tjepa.Config):
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
     qa: str = ""                # your own questions for phases 2 and 3: a file of lines: question, tab, answer
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, needs a download once
-    teacher: str = "self"       # who says what an answer's latent is: self = the target encoder | ckpt:DIR | a .npz of vectors
+    teacher: str = "self"       # who says what an answer's latent is: self (the target encoder) | ckpt:DIR | an .npz
     seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
@@ -63,7 +63,7 @@ class Config(tjepa.Config):
     weight_decay: float = 0.05  # on matrices; never on norms, biases, embeddings or the query vector
     clip: float = 1.0           # largest norm of a gradient
     alpha_start: float = 0.5    # weight of the latent loss in phase 3, cosine to 0; 0 is v2.0's single objective
-    echo: float = 0.75          # share of phase 3's batch that is answer latent -> answer, no question involved: words for LAT
+    echo: float = 0.75          # share of phase 3's batch that is answer latent -> answer, no question: words for LAT
     eval_every: int = 200       # steps between evaluations, checkpoints and redrawn curves
 
     def __post_init__(self):
@@ -115,7 +115,8 @@ def pick_device(cfg):
     bf16 = fast if cfg.dtype == "auto" else cfg.dtype == "bf16"
     why = dict(cuda="a GPU is there", mps="an Apple GPU is there", cpu="no GPU is there")[device]
     gain = "as asked" if cfg.dtype != "auto" else "faster on this hardware" if fast else "bf16 gains nothing here"
-    print(f"device {device} ({why if cfg.device == 'auto' else 'as asked'}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
+    why = why if cfg.device == "auto" else "as asked"
+    print(f"device {device} ({why}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
     return device, torch.bfloat16 if bf16 else None
 
 # -- checkpoints, and the model that fits one --------------------------------------------------------------------------
@@ -133,7 +134,8 @@ def load_checkpoint(out, flag="--out="):
     """The dict in out/ckpt.pt; ValueError says what is wrong with the file. Never runs code from it."""
     path = Path(out) / "ckpt.pt"
     if not path.exists():
-        raise ValueError(f"no checkpoint in {flag}{out}: run `python train.py --out={out}` first (its --help lists the phases)")
+        raise ValueError(f"no checkpoint in {flag}{out}: run `python train.py --out={out}` first "
+                         "(its --help lists the phases)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -288,7 +290,7 @@ def pretrain(run):
 
 @torch.no_grad()
 def teacher_vectors(cfg, answers):
-    """What the teacher that cfg names makes of some answers (A strings): (A, D), or None if the model teaches itself."""
+    """What the teacher of cfg makes of some answers (A strings): (A, D), or None if the model teaches itself."""
     if not cfg.teacher.startswith("ckpt:"):
         return None if cfg.teacher == "self" else data.read_vectors(cfg.teacher, answers)
     saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
@@ -326,7 +328,8 @@ def speak(run, questions, table):
     # one pool, the questions first: what is read, the latent it should give, and the words to say. echo is of answers
     # alone: with spans of plain text in half of it, LAT facts in new phrasings were said right .65 of the time, not .73
     heard, answers = questions.answer_tokens, questions.answer_of[asked]
-    pool = evaluate.think_all(run, pad_sequence([*questions.tokens[asked], *heard], batch_first=True, padding_value=pad))
+    texts = pad_sequence([*questions.tokens[asked], *heard], batch_first=True, padding_value=pad)
+    pool = evaluate.think_all(run, texts)
     pool = pool._replace(latent=torch.cat((pool.latent[:len(asked)], table)))
     latents = torch.cat((table[answers], table))
     words = torch.nn.functional.pad(torch.cat((heard[answers], heard)), (0, 1), value=pad)
