@@ -155,8 +155,8 @@ def summary(figures):
         lines.append("pretrain: R2 {val_r2:.2f} on held-out text, rank {rank:.0f} of {bound} ".format(**figures)
                      + f"({share}), {figures['health']}")
     if "cloze_capital" in figures:
-        lines[-1] += (", capital by lowest energy {cloze_capital:.2f} (chance {cloze_capital_chance:.3f}), among all of "
-                      "the world {cloze_capital_all:.2f} ({cloze_capital_all_chance:.3f})").format(**figures)
+        lines[-1] += (", capital by lowest energy {cloze_capital:.2f} (chance {cloze_capital_chance:.3f}), among all "
+                      "of the world {cloze_capital_all:.2f} ({cloze_capital_all_chance:.3f})").format(**figures)
     for name, title in ("r1", "distill: R@1 of the thought"), ("em", "speak: exact match"):
         cells = [f"{split} {figures[f'{name}_{split}']:.3f}" + (
             f" / {figures[f'{name}_{split}_heldout']:.3f}" if f"{name}_{split}_heldout" in figures else "")
