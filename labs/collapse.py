@@ -44,7 +44,7 @@ CHANGES = {
     "+ VICReg": dict(vicreg=1.0),
     "+ SIGReg": dict(sigreg=1.0),
     "default": dict(sigreg=1.0, top_k=4, target_norm=True),
-    "default, no predictor": dict(sigreg=1.0, top_k=4, target_norm=True, pred_layer=0),
+    "default without predictor": dict(sigreg=1.0, top_k=4, target_norm=True, pred_layer=0),
     "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
