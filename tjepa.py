@@ -495,6 +495,6 @@ def latent_health(z, real):
                 bound=min(len(content) - 1, z.size(-1)), cos=cos, cos_centred=cos_centred)
 
 def health_word(health):
-    """One word for the bar: healthy, shrinking or collapsed."""
-    dead, share = health["std"] < 0.05, health["rank"] / health["bound"]
-    return "collapsed" if dead or share < 0.05 else "shrinking" if share < 0.12 else "healthy"
+    """One word for the bar; its thresholds are labs/collapse.py's. Collapsed: phase 1 was worth no more than none."""
+    spread = health["std"] * health["rank"] / health["bound"]   # how far texts differ, times how many ways
+    return "collapsed" if spread < 0.12 else "shrinking" if spread < 0.17 else "healthy"

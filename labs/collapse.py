@@ -10,11 +10,14 @@ positions collapse onto position; the paper's recipe loses rank but lives; SIGRe
 Every arm is the paper's recipe with one thing changed, but for train.py's default and the masked LM, the token-grounded
 control (an encoder that reads [MASK]s). All share tokens, width, seeds and one learning rate: it was not tuned an arm.
 After phase 1 each arm is judged by what a student wants of it: a probe (on which continent is the country that a
-question names?), the cloze, and a short phase 2 (R@1 of the thought for LAT facts). The health word sees none of these.
+question names?), the cloze, and a short phase 2 (R@1 of the thought for LAT facts). The health word sees none of these:
+its thresholds come from seed 0 of every second arm, and the last table says how often it is right on all other runs.
 """
 import csv
 import dataclasses
+import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -50,7 +53,7 @@ CHANGES = {
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
 COLUMNS = {"rank / bound": "share", "std": "std", "cos": "cos", "position": "pos", "R2": "val_r2", "hit1": "hit1",
            "content": "content", "probe": "probe", "cloze": "cloze_capital", "R@1 LAT trained": "r1_LAT",
-           "R@1 LAT held-out": "r1_LAT_heldout", "health": "health"}
+           "R@1 LAT held-out": "r1_LAT_heldout"}
 PANELS = {"latent loss": "latent", "R2 on held-out text": "val_r2", "std across sequences": "std",
           "rank / bound": "rank", "hit1": "hit1"}
 
@@ -93,6 +96,29 @@ def measure(cfg):
     read = read_run(cfg)
     figures |= dict(share=figures["rank"] / figures["bound"], content=content(*read), probe=probe(*read))
     return figures | train.run(dataclasses.replace(cfg, phase="distill"))
+
+def verdicts(rows, arms):
+    """How the health word was derived, and if it holds: markdown. A run's phase 1 was worth something if phase 2
+    then finds LAT answers, in held-out phrasing, 1.2 times as often as from a random-init encoder. Thresholds: the
+    highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm; between: shrinking."""
+    jepas = [arm for arm in arms if arm not in ("random-init encoder", "masked LM")]
+    random = statistics.mean(row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder")
+    derive, count = {True: [], False: []}, Counter()
+    for row in rows:
+        if row["arm"] in jepas:
+            worth = row["r1_LAT_heldout"] > 1.2 * random
+            if row["seed"] == 0 and jepas.index(row["arm"]) % 2 == 1:
+                derive[worth].append(row["std"] * row["share"])
+            else:
+                count[tjepa.health_word(row), worth] += 1
+    lines = ["| health word, on runs not used to derive it | phase 1 was worth something | it was not |",
+             "| --- | --- | --- |"]
+    for word in "healthy", "shrinking", "collapsed":
+        lines.append(f"| {word} | {count[word, True]} | {count[word, False]} |")
+    right = count["healthy", True] + count["collapsed", False]
+    low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
+    derived = f"collapsed up to a spread (std * rank / bound) of {low:.3f}, healthy from {high:.3f}"
+    return "\n".join([*lines, "", f"Right: {right} of {count.total()}. Derived: {derived}; R@1 of random-init {random:.3f}."])
 
 def curve(folder, arm, seeds, name):
     """(steps, means over seeds) of a column of metrics.csv in phase 1."""
@@ -138,7 +164,7 @@ def collapse(flags):
     seen.sort(key=lambda arm: statistics.mean(row["share"] for row in rows if row["arm"] == arm))
     folder = Path(flags.out) / ("collapse" + "-fast" * flags.fast)
     draw(folder, rows, seen, flags.seeds, folder.with_suffix(".png"))
-    publish("collapse", rows, table(rows, seen, COLUMNS), flags.table)
+    publish("collapse", rows, table(rows, seen, COLUMNS) + "\n\n" + verdicts(rows, list(arms)), flags.table)
     print(f"figure: {folder.with_suffix('.png')}")
 
 
