@@ -100,7 +100,7 @@ def measure(cfg):
 def verdicts(rows, arms):
     """How the health word was derived, and if it holds: markdown. A run's phase 1 was worth something if phase 2
     then finds LAT answers, in held-out phrasing, 1.2 times as often as from a random-init encoder. Thresholds: the
-    highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm; between: shrinking."""
+    highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm."""
     jepas = [arm for arm in arms if arm not in ("random-init encoder", "masked LM")]
     random = statistics.mean(row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder")
     derive, count = {True: [], False: []}, Counter()
@@ -117,8 +117,9 @@ def verdicts(rows, arms):
         lines.append(f"| {word} | {count[word, True]} | {count[word, False]} |")
     right = count["healthy", True] + count["collapsed", False]
     low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
-    derived = f"collapsed up to a spread (std * rank / bound) of {low:.3f}, healthy from {high:.3f}"
-    return "\n".join([*lines, "", f"Right: {right} of {count.total()}. Derived: {derived}; R@1 of random-init {random:.3f}."])
+    lines += ["", f"Right: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) of {low:.3f}, "
+                  f"healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}."]
+    return "\n".join(lines)
 
 def curve(folder, arm, seeds, name):
     """(steps, means over seeds) of a column of metrics.csv in phase 1."""
