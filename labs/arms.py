@@ -1,4 +1,4 @@
-"""What every lab shares: run the arms that are not on disk yet, tabulate mean and spread, write the table where it is read."""
+"""What every lab shares: run the arms that are not on disk, tabulate mean and spread, write the table where it is read."""
 import csv
 import dataclasses
 import json
@@ -53,8 +53,9 @@ def run_arms(lab, arms, flags, measure=train.run):
     return rows
 
 def table(rows, arms, columns):
-    """A markdown table: an arm a row, mean ± standard deviation over its seeds; columns: title -> name of the figure."""
+    """A markdown table: an arm a row, mean ± standard deviation over its seeds; columns: title -> name of a figure."""
     def cell(arm, name):
+        """One figure of one arm; a missing number is a word, never a dash."""
         values = [row[name] for row in rows if row["arm"] == arm and name in row]
         if not values:
             return "not measured"

@@ -117,8 +117,8 @@ def verdicts(rows, arms):
         lines.append(f"| {word} | {count[word, True]} | {count[word, False]} |")
     right = count["healthy", True] + count["collapsed", False]
     low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
-    lines += ["", f"Right: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) of {low:.3f}, "
-                  f"healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}."]
+    lines += ["", f"Right: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) of "
+                  f"{low:.3f}, healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}."]
     return "\n".join(lines)
 
 def curve(folder, arm, seeds, name):
