@@ -48,6 +48,7 @@ CHANGES = {
     "+ SIGReg": dict(sigreg=1.0),
     "default": dict(sigreg=1.0, top_k=4, target_norm=True),
     "default without predictor": dict(sigreg=1.0, top_k=4, target_norm=True, pred_layer=0),
+    "default with 4 x 128 predictor": dict(sigreg=1.0, top_k=4, target_norm=True, pred_layer=4, pred_embd=128),
     "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
