@@ -32,7 +32,7 @@ import data
 import evaluate
 import tjepa
 import train
-from data.nlrx.prepare import leaked
+from data.nlrx.prepare import leaked, majority
 from labs.arms import main, publish, run_arms, table
 from labs.collapse import read_run
 from labs.measures import rankme
@@ -42,12 +42,12 @@ FOLDER = Path(data.__file__).parent / "nlrx"
 ATOMS = r"\[[^\]]*\]|\{\d,\}|\\b|\.\*| ?[A-Za-z][A-Za-z-]*|."
 SEP = ord("\n")         # ids below 256 are bytes, and no text of a pair holds a line break
 HELD = 500              # training pairs at the end of the file, kept for choosing settings
-KINDS = ("exact", "over", "same_length", "other")
+OUTCOMES = ("exact", "over", "same_length", "other")
 
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm. What it trains, by train.fit, is phase 3: speak_steps, speak_lr and qa_batch_size are its own."""
-    model: str = "gpt"              # gpt | encoder-decoder | t-jepa: who learns to translate
+    model: str = "gpt"              # gpt | encoder-decoder | t-jepa | table: who learns to translate
     pairs: str = "synth"            # synth: descriptions by a grammar | turk: by people
     size: int = 8000                # training pairs, drawn by the seed
     tests: int = 2000               # test pairs, from the first on
@@ -59,7 +59,7 @@ class Config(train.Config):
     stop_gradient: bool = False     # keeps the regex's view from coming towards the guess; the authors' code lets it
     latent_drop: float = 0.0        # share of the steps without the latent term, drawn by chance
     n_embd: int = 160               # width; with 4 layers 1.3 million parameters
-    block_size: int = 64            # longest description, in tokens
+    block_size: int = 128           # longest description, in tokens
     answer_size: int = 32           # longest regex, EOS included; longer outputs are cut there: the longest gold is 24
     qa_batch_size: int = 64         # pairs a step
     speak_lr: float = 2e-3          # peak learning rate
@@ -112,7 +112,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, C)
         self.blocks = nn.ModuleList(tjepa.Block(C, cfg.n_head) for _ in range(cfg.n_layer))
         self.norm = nn.LayerNorm(C, bias=False)
-        longest = cfg.block_size + cfg.answer_size + cfg.k + 2
+        longest = cfg.block_size + cfg.answer_size + 2
         self.register_buffer("rope", tjepa.rotary(longest, C // cfg.n_head), persistent=False)
         self.apply(self.init_weights)
         # last, so that an arm without it starts from the same weights
@@ -120,7 +120,7 @@ class GPT(nn.Module):
         self.mlp.apply(self.init_weights)
 
     def trained_in(self, phase):
-        """All of it, whatever the phase is called."""
+        """All of it."""
         return list(self.children())
 
     def forward(self, tokens, positions, mask=None, caches=None):
@@ -134,18 +134,15 @@ class GPT(nn.Module):
         """Logits (..., V) of the next token; the head is the embedding."""
         return F.linear(states, self.embed.weight).float()
 
-    def asked(self, tokens, progress):
-        """(B, T) -> bool (B, T-1): where the loss asks for the next token, one of the regex, or EOS if that counts."""
-        following = tokens[:, 1:]
-        asked = (tokens == SEP).cumsum(1)[:, :-1].bool() & (following != self.cfg.pad)
-        return asked if progress < self.cfg.eos_in_loss else asked & (following != self.cfg.eos)
-
     def token_loss(self, descriptions, regexes, progress):
-        """Cross-entropy of the regex after its description."""
-        tokens = join(self.cfg.pad, self.cfg.bos, descriptions, SEP, regexes, self.cfg.eos)             # (B, T)
-        asked = self.asked(tokens, progress)
-        states = self(tokens, places(tokens))[:, :-1][asked]                                            # (n, C)
-        return F.cross_entropy(self.say(states), tokens[:, 1:][asked])
+        """Cross-entropy of the regex after its description, and of EOS while it counts. progress: share of the run."""
+        cfg = self.cfg
+        tokens = join(cfg.pad, cfg.bos, descriptions, SEP, regexes, cfg.eos)                            # (B, T)
+        states, following = self(tokens, places(tokens))[:, :-1], tokens[:, 1:]
+        asked = (tokens == SEP).cumsum(1)[:, :-1].bool() & (following != cfg.pad)                       # (B, T-1)
+        if progress >= cfg.eos_in_loss:
+            asked &= following != cfg.eos
+        return F.cross_entropy(self.say(states[asked]), following[asked])
 
     def views(self, descriptions, regexes):
         """What the model makes of each view alone: g(z_text), z_code (B, C). Both are read in one pass, side by side in
@@ -219,7 +216,7 @@ class EncoderDecoder(nn.Module):
 
 # -- what an arm is judged by ------------------------------------------------------------------------------------------
 def outcome(said, gold):
-    """One of KINDS: exact | over: it went on after the right regex | same_length: as many characters | other."""
+    """One of OUTCOMES: exact | over: it went on after the right regex | same_length: as many characters | other."""
     if said == gold:
         return "exact"
     return "over" if said.startswith(gold) else "same_length" if len(said) == len(gold) else "other"
@@ -229,7 +226,7 @@ def score(said, pairs, leaks):
     is over the marked ones alone, if there are any: what may be learned by heart is no test."""
     kinds = [outcome(words, gold) for words, (_, gold) in zip(said, pairs)]
     free, seen = ([kind for kind, leak in zip(kinds, leaks) if leak == which] for which in (False, True))
-    share = {kind: free.count(kind) / len(free) for kind in KINDS}
+    share = {kind: free.count(kind) / len(free) for kind in OUTCOMES}
     share["prefix"] = share["exact"] + share["over"]
     return share | (dict(exact_leaked=seen.count("exact") / len(seen)) if seen else {})
 
@@ -255,7 +252,7 @@ def write(run, tokenizer, descriptions):
 
 # -- an arm ------------------------------------------------------------------------------------------------------------
 def learn_tokens(cfg, taught):
-    """Train one of the models above -> (run, descriptions -> what it writes, pairs -> their two latents)."""
+    """Train one of the models above -> (model, descriptions -> what it writes, pairs -> their two latents)."""
     device, dtype = train.pick_device(cfg)
     tokenizer = vocabulary(taught)
     descriptions, regexes = (ids.to(device) for ids in pack(tokenizer, taught, cfg))
@@ -271,7 +268,7 @@ def learn_tokens(cfg, taught):
 
     def latents(pairs):
         return model.views(*(ids.to(device) for ids in pack(tokenizer, pairs, cfg)))
-    return run, lambda texts: write(run, tokenizer, texts), latents if cfg.model == "gpt" else None
+    return model, lambda texts: write(run, tokenizer, texts), latents if cfg.model == "gpt" else None
 
 def learn_t_jepa(cfg, taught):
     """The same for T-JEPA: it reads all pairs (phase 1), learns description -> latent of the regex, then to say it."""
@@ -291,7 +288,12 @@ def learn_t_jepa(cfg, taught):
     def latents(pairs):
         regexes = model.concept(ids([" " + regex for _, regex in pairs]))
         return evaluate.think_all(run, ids([text for text, _ in pairs])).latent, train.standardise(model, regexes)
-    return run, write, latents
+    return model, write, latents
+
+def learn_table(cfg, taught):
+    """The same for no model at all."""
+    guess = majority(taught)
+    return nn.Identity(), lambda texts: [guess(text) for text in texts], None
 
 def measure(cfg):
     """Train an arm and judge it on the test pairs: a dict of figures. said.json keeps what it wrote."""
@@ -299,9 +301,9 @@ def measure(cfg):
     taught, held = draw(known, cfg.size, cfg.seed)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    run, write, latents = (learn_t_jepa if cfg.model == "t-jepa" else learn_tokens)(cfg, taught)
+    model, write, latents = {"t-jepa": learn_t_jepa, "table": learn_table}.get(cfg.model, learn_tokens)(cfg, taught)
     figures = dict(minutes=(time.perf_counter() - started) / 60)
-    figures["million"] = sum(p.numel() for name, p in run.model.named_parameters() if "target" not in name) / 1e6
+    figures["million"] = sum(p.numel() for name, p in model.named_parameters() if "target" not in name) / 1e6
     said = write([text for text, _ in test])
     (Path(cfg.out) / "said.json").write_text(json.dumps(said))
     figures |= score(said, test, leaked(known, test))       # leaks of the whole file: one test set for every size
@@ -312,31 +314,30 @@ def measure(cfg):
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 STEPS = {250: 400, 1000: 600, 8000: 1500}
-BEST = dict(latent=1.0, k=1)        # lambda and k: the best of MAP by dev
-TERM = {"": {}, " latent": BEST}
+BEST, NO_EOS = dict(latent=1.0, k=1), dict(eos_in_loss=0.0)     # lambda and k: the best of MAP by dev
+CASES = {"": {}, " latent": BEST, " no-EOS": NO_EOS, " latent no-EOS": BEST | NO_EOS, " table": dict(model="table")}
 
 def arm(size, **change):
     """An arm with the steps of its size."""
     return Config(**dict(size=size, speak_steps=STEPS[size]) | change)
 
-SQUARE = {f"{size}{term}{eos}": arm(size, eos_in_loss=share, **how) for size in STEPS
-          for eos, share in (("", 1.0), (" no-EOS", 0.0)) for term, how in TERM.items()}
-SQUARE |= {f"1000{term} EOS-at-first": arm(1000, eos_in_loss=0.5, **how) for term, how in TERM.items()}
+SQUARE = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in CASES.items()}
+SQUARE |= {f"1000{case} EOS-at-first": arm(1000, eos_in_loss=0.5, **CASES[case]) for case in ("", " latent")}
 MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k) for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
 WAYS = {name: arm(1000, **BEST | change) for name, change in {
     "mse": dict(distance="mse"), "infonce": dict(distance="infonce"), "stop-gradient": dict(stop_gradient=True),
     "MLP": dict(k=0, mlp=True), "drop=.5": dict(latent=2 * BEST["latent"], latent_drop=0.5),
     # two views have the tokens of the packed row, at k = 1 exactly: the latent term doubles the work of a step
     "twice the steps": dict(latent=0.0, k=0, speak_steps=2 * STEPS[1000])}.items()}
-OTHERS = {f"turk{term}": arm(8000, pairs="turk", **how) for term, how in TERM.items()}
+OTHERS = {f"turk{case}": arm(8000, pairs="turk", **CASES[case]) for case in ("", " latent", " table")}
 OTHERS |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
                                           n_embd=144, top_k=1) for size in (1000, 8000)}
-OTHERS |= {f"8000 t-jepa {memory}": arm(8000, model="t-jepa", memory=memory, n_embd=112, vocab_size=512,
+OTHERS |= {f"8000 t-jepa {memory}": arm(8000, model="t-jepa", memory=memory, n_embd=112, block_size=64, vocab_size=512,
                                         stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, distill_steps=1500)
            for memory in ("thought", "both")}
 
 ANSWERS = {"exact match": "exact", "prefix match": "prefix", "over-generation": "over", "same length": "same_length",
-           "other": "other", "exact, dev": "dev", "exact, leaked": "exact_leaked", "minutes": "minutes"}
+           "other": "other", "dev": "dev", "leaked": "exact_leaked", "minutes": "minutes", "million weights": "million"}
 LATENTS = {"cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1", "chance": "r1_chance",
            "rank of text": "rank_text", "of code": "rank_code"}
 TABLES = {"By size; leaked: test descriptions that occur in the training file, counted nowhere else": (SQUARE, ANSWERS),
@@ -347,21 +348,18 @@ ARMS = SQUARE | MAP | WAYS | OTHERS
 
 def draw_square(rows, path):
     """Exact and prefix match by number of pairs, mean and standard deviation over the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, dict(exact="exact match", prefix="prefix match: exact, or too long").items()):
-        for i, kind in enumerate(("", " latent", " no-EOS", " latent no-EOS")):
-            at = {size * 1.04 ** i: [row[name] for row in rows if row["arm"] == f"{size}{kind}"] for size in STEPS}
+        for i, case in enumerate(CASES):
+            at = {size * 1.03 ** i: [row[name] for row in rows if row["arm"] == f"{size}{case}"] for size in STEPS}
             x, y = list(filter(at.get, at)), list(filter(None, at.values()))
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in y]
-            axis.errorbar(x, list(map(statistics.mean, y)), spread, label="CE" + kind.replace(" l", " + l"), capsize=3,
-                          fmt="--o" if "no-EOS" in kind else "-o", color="C1" if "latent" in kind else "C0")
+            axis.errorbar(x, list(map(statistics.mean, y)), [statistics.stdev(v) if v[1:] else 0 for v in y], capsize=3,
+                          fmt="--o" if "no-EOS" in case else "-o", label=case.strip() or "cross-entropy")
         axis.set(title=title, xscale="log", xlabel="training pairs", ylim=(-0.02, 1))
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 def llm_jepa(flags):
     """Run the arms, write the tables and the figure."""
@@ -372,8 +370,7 @@ def llm_jepa(flags):
                    batch_size=8, qa_batch_size=8, pretrain_steps=2, distill_steps=2, speak_steps=2)
         arms = {name: dataclasses.replace(cfg, **few) for name, cfg in ARMS.items()}
     rows = run_arms("llm_jepa", arms, flags, measure)
-    path = Path(flags.out) / f"llm_jepa{'-fast' * flags.fast}.png"
-    draw_square(rows, path)
+    draw_square(rows, path := Path(flags.out) / f"llm_jepa{'-fast' * flags.fast}.png")
     text = "\n\n".join(f"{title}:\n\n{table(rows, part, columns)}" for title, (part, columns) in TABLES.items())
     publish("llm_jepa", rows, text, flags.table)
     print(f"figure: {path}")

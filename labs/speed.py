@@ -5,7 +5,7 @@ How fast is a step, how fast could this machine be, and what would you have used
     python -m labs.speed                        the same without nanoGPT's own model.py beside ours
     python -m labs.speed --fast                 does it run?
 
-Expected before the first run: by FLOPs phase 1 costs .83 / .95 / 1.02 of a GPT's step at width 128 / 256 / 512 (what is
+Expected before the first run: by FLOPs phase 1 costs .85 / .97 / 1.04 of a GPT's step at width 128 / 256 / 512 (what is
 removed is absent from the online encoder, the target has no backward pass), and by the clock too if our code is tight.
 Thinking once saves time in long answers only, and because the decoder is shallow: a question costs what it costs a GPT.
 
@@ -56,15 +56,16 @@ class Flags:
         tjepa.check(self, [
             ("threads", lambda n: n >= 0, "0 (as many as torch takes by itself) or more"),
             ("table", lambda path: not (path and self.fast), "left out with --fast, which measures nothing"),
+            ("text", lambda path: not path or Path(path).is_file(), "a UTF-8 text file, and there is none"),
             ("nanogpt", lambda path: not path or Path(path, "model.py").is_file(),
              "the folder of a checkout of karpathy/nanoGPT, and it has no model.py")])
 
 # every: steps of phases 2 and 3 draw from each so-manieth question, evaluations read each so-manieth
 FULL = dict(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=5, batches=(1, 64), answers=(1, 4, 16, 64),
-            every=(16, 1), text=(10 ** 6, 10 ** 7), growth=dict(rows=(12, 24, 48, 96), width=(64, 128, 256, 512),
-                                                                block_size=(64, 128, 256, 512, 1024)))
+            every=(16, 1), peaks=(128, 512), text=(10 ** 6, 10 ** 7), growth=dict(
+                rows=(12, 24, 48, 96), width=(64, 128, 256, 512), block_size=(64, 128, 256, 512, 1024)))
 FAST = dict(widths=(32, 64), rows=4, calls=2, said=8, said_calls=1, batches=(1, 2), answers=(1, 4), every=(64, 64),
-            text=(10 ** 4,), growth=dict(rows=(2, 4), width=(32, 64), block_size=(64, 128)))
+            peaks=(32,), text=(10 ** 4,), growth=dict(rows=(2, 4), width=(32, 64), block_size=(64, 128)))
 CFG, MATMUL = train.Config(), "Matrix products of a block"
 COLUMNS = "part what width dtype ms MB exponent ratio GFLOP GFLOP/s of_matmul note commit".split()
 
@@ -292,7 +293,7 @@ def children(lab):
     def python(*argv):
         root = Path(train.__file__).parent
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=root).stdout.split()
-    for width in lab.ends:
+    for width in lab.size.peaks:
         with tempfile.TemporaryDirectory() as out:
             printed = python("-c", f"""import sys, torch, train
 train.run(train.Config(phase="pretrain", pretrain_steps=3, out={out!r}, **{shape(width)}))
@@ -300,8 +301,9 @@ print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
       __import__("resource").getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024))""")
         lab.add("Around", "peak memory of phase 1", width, MB=float(printed[-1]) / 1e6 if printed else "not measured")
     code = "import torch, time; t = time.perf_counter(); import tjepa; print(1e3 * (time.perf_counter() - t))"
-    lab.add("Around", "import of tjepa, after torch", ms=np.median([float(python("-c", code)[0]) for _ in range(3)]))
-    lab.add("Around", "python train.py --help", ms=lab.time(lambda: python("train.py", "--help")))
+    calls = range(lab.size.said_calls)
+    lab.add("Around", "import of tjepa, after torch", ms=np.median([float(python("-c", code)[0]) for _ in calls]))
+    lab.add("Around", "train.py --help", ms=np.median([lab.time(lambda: python("train.py", "--help")) for _ in calls]))
 
 def around(lab):
     """Loading, masking, checkpoint, evaluation, tokenizer, at the narrowest width."""
