@@ -146,7 +146,7 @@ class GPT(nn.Module):
 
     def views(self, descriptions, regexes):
         """What the model makes of each view alone: g(z_text), z_code (B, C). Both are read in one pass, side by side in
-        a row: positions start again at the second view, and no token of one sees the other."""
+        a row: no token of one sees the other, and positions start again (rotary ones are relative: they need not)."""
         pad, bos, mask = self.cfg.pad, self.cfg.bos, self.cfg.mask
         text, code = join(pad, bos, descriptions, *[mask] * self.cfg.k), join(pad, bos, regexes)
         both, split = torch.cat((text, code), dim=1), text.size(1)                                      # (B, T)

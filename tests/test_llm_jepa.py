@@ -11,8 +11,9 @@ from data.nlrx import prepare
 from labs import llm_jepa as lab
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "nlrx"
+# descriptions of one length do not end in one step
 PAIRS = [(f"lines with {a} {how} {b}", f"({x}){sign}({y})")
-         for how, sign in (("or", "|"), ("and", "&"), ("before", ".*"))
+         for how, sign in (("or", "|"), ("and", "&"), ("before", ".*.*"))
          for a, x in (("a dog", "dog"), ("a number", "[0-9]"), ("a vowel, twice", "[aeiou]{2,}"))
          for b, y in (("a truck", "truck"), ("a letter", "[A-Z]"), ("anything", "."))]
 TOKENIZER = lab.vocabulary(PAIRS)
