@@ -10,10 +10,11 @@ removed is absent from the online encoder, the target has no backward pass), and
 Thinking once saves time in long answers only, and because the decoder is shallow: a question costs what it costs a GPT.
 
 What is compared is called in turn, A B C A B C ..., so that a busy moment hits all alike: trust ratios, not times.
-Times are medians of 20 calls after warm-up (5 for 256 tokens), ratio is over the first row of a width. FLOPs come from
-torch.utils.flop_counter on one call, of all models alike: 2 a multiply-add of each matrix product, forward and back,
-attention as full squares even if causal; norms, GELU, softmax, look-ups, optimizer and EMA count nothing. of_matmul is
-FLOP/s over those of a block's four bare products for as many tokens. bf16 is measured where --dtype=auto chooses it.
+Times are medians of 20 calls after warm-up (of 10 in growth, of 3 for 256 tokens), ratio is over the first row of a
+width. FLOPs come from torch.utils.flop_counter on one call, of all models alike: 2 a multiply-add of each product of
+matrices, forward and back, attention as full squares even if causal; norms, GELU, softmax, look-ups, optimizer and EMA
+count nothing. of_matmul is FLOP/s over those of a block's four bare products for as many tokens. bf16 is measured where
+--dtype=auto chooses it.
 """
 import csv
 import dataclasses
@@ -61,7 +62,7 @@ class Flags:
              "the folder of a checkout of karpathy/nanoGPT, and it has no model.py")])
 
 # every: steps of phases 2 and 3 draw from each so-manieth question, evaluations read each so-manieth
-FULL = dict(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=5, batches=(1, 64), answers=(1, 4, 16, 64),
+FULL = dict(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=3, batches=(1, 64), answers=(1, 4, 16, 64),
             every=(16, 1), peaks=(128, 512), text=(10 ** 6, 10 ** 7), growth=dict(
                 rows=(12, 24, 48, 96), width=(64, 128, 256, 512), block_size=(64, 128, 256, 512, 1024)))
 FAST = dict(widths=(32, 64), rows=4, calls=2, said=8, said_calls=1, batches=(1, 2), answers=(1, 4), every=(64, 64),
@@ -105,7 +106,7 @@ class Lab:
         """Time arms, (name, dtype) -> function, in turn, a row each; returns their milliseconds. An arm in shares does
         so much of the work, of which its row tells the whole."""
         gflop = [count_flops(act) / 1e9 / shares.get(arm, 1) for arm, act in arms.items()]
-        rounds = [[self.time(act) for act in arms.values()] for _ in range(2 + calls)][2:]
+        rounds = [[self.time(act) for act in arms.values()] for _ in range(1 + calls)][1:]
         ms = [np.median(found) / shares.get(arm, 1) for arm, found in zip(arms, zip(*rounds))]
         for (name, dtype), work, each in zip(arms, gflop, ms):
             rate = work / each * 1e3
@@ -230,7 +231,7 @@ def growth(lab):
                    block_size=lambda n: narrow | dict(block_size=n, batch_size=tokens // n))
     for what, points in lab.size.growth.items():
         arms = {(f"{what} {n}", "fp32"): phase(lab, "pretrain", None, **changes[what](n))[1] for n in points}
-        slope = np.polyfit(np.log(points), np.log(lab.measure("Growth of phase 1", arms, lab.size.calls)), 1)[0]
+        slope = np.polyfit(np.log(points), np.log(lab.measure("Growth of phase 1", arms, lab.size.calls // 2)), 1)[0]
         lab.add("Growth of phase 1", f"{what}: time grows with its power", exponent=slope)
 
 # -- speaking ----------------------------------------------------------------------------------------------------------
@@ -241,11 +242,11 @@ def endless(lab, width, size):
 
 @torch.no_grad()
 def generation(lab):
-    """Saying 256 tokens, drawn at temperature 1. Without a cache a token costs more the later it comes; for a batch, 8
+    """Saying 256 tokens, drawn at temperature 1. Without a cache a token costs more the later it comes; for a batch, 4
     lengths, spread evenly, stand for all."""
     for width, batch in itertools.product(lab.ends, lab.size.batches):
         n, model = lab.size.said, endless(lab, width, lab.size.said)
-        lengths = range(1, n + 1) if batch == 1 else range(n // 16 or 1, n + 1, n // 8)
+        lengths = range(1, n + 1) if batch == 1 else range(n // 8, n + 1, n // 4)
         empty, words = torch.zeros(batch, 0, device=lab.device), torch.randint(n, (batch, n), device=lab.device)
         thought = tjepa.Thought(torch.randn(batch, width, device=lab.device), empty, empty)
         def uncached():

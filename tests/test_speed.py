@@ -146,7 +146,7 @@ def test_phase_1_costs_the_share_of_a_gpts_flops_that_the_docstring_expects(widt
 def test_arms_are_called_in_turn(lab):
     called = []
     lab.measure("part", {(name, "fp32"): lambda name=name: called.append(name) for name in "abc"}, 4)
-    assert "".join(called) == "abc" * (1 + 2 + 4)           # one to count FLOPs, two to warm up
+    assert "".join(called) == "abc" * (1 + 1 + 4)           # one to count FLOPs, one to warm up
     assert [row["what"] for row in lab.rows] == list("abc") and float(lab.rows[0]["ratio"]) == 1
 
 
