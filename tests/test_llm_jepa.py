@@ -231,7 +231,7 @@ def test_the_batches_follow_from_the_seed_whatever_the_arm(files, monkeypatch):
 
 
 def test_what_is_taught_is_learned_with_the_latent_term_on(files):
-    cfg = dataclasses.replace(SMALL, latent=1.0, k=1, speak_steps=100, speak_lr=5e-3, out=str(files))
+    cfg = dataclasses.replace(SMALL, latent=1.0, k=1, speak_steps=200, speak_lr=5e-3, out=str(files))
     run, write, latents = lab.learn_tokens(cfg, PAIRS)
     said = write([text for text, _ in PAIRS])
     assert sum(words == regex for words, (_, regex) in zip(said, PAIRS)) >= 25      # of 27
