@@ -13,8 +13,8 @@ whose loss never contains EOS: so each arm is run with EOS in the loss and witho
 Expected before the first run: with EOS no gain at 8,000 pairs, a small one below; without EOS no exact match at all,
 whatever lambda is, as from random weights nothing else teaches to stop: there the prefix match is what to compare.
 
-All arms of a size share pairs, batches, steps and learning rate: tuned for lambda = 0 on training pairs held out. A
-seed draws pairs and weights. Lambda and k are to be chosen by the column dev.
+Arms of a size share pairs, batches, steps and learning rate, tuned for lambda = 0 on training pairs held out; a seed
+draws pairs and weights. Lambda and k are to be chosen by the column dev. The table is no model: the commonest reading.
 """
 import dataclasses
 import json
@@ -50,7 +50,7 @@ class Config(train.Config):
     model: str = "gpt"              # gpt | encoder-decoder | t-jepa | table: who learns to translate
     pairs: str = "synth"            # synth: descriptions by a grammar | turk: by people
     size: int = 8000                # training pairs, drawn by the seed
-    tests: int = 2000               # test pairs, from the first on
+    tests: int = 2000               # test pairs, from the first on, and as many held out at most
     eos_in_loss: float = 1.0        # share of the steps, from the first on, that ask for EOS too; 0 never
     latent: float = 0.0             # lambda, the weight of the latent term; 0 is a plain GPT, and no view is read
     k: int = 0                      # predictor tokens at the end of the description's view; 0: g is the identity
@@ -63,6 +63,7 @@ class Config(train.Config):
     answer_size: int = 32           # longest regex, EOS included; longer outputs are cut there: the longest gold is 24
     qa_batch_size: int = 64         # pairs a step
     speak_lr: float = 2e-3          # peak learning rate
+    weight_decay: float = 0.5       # ten times T-JEPA's: held-out pairs .87 in 1,200 steps, not .85 in 1,500 (1 seed)
     eval_every: int = 10 ** 9       # evaluated once, at the end
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -105,7 +106,6 @@ def places(tokens):
 class GPT(nn.Module):
     """Decoder-only, of T-JEPA's blocks. [MASK] is the predictor token: something is to be guessed here."""
     init_weights = tjepa.TJEPA.init_weights
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, C = cfg, cfg.n_embd
@@ -307,14 +307,14 @@ def measure(cfg):
     said = write([text for text, _ in test])
     (Path(cfg.out) / "said.json").write_text(json.dumps(said))
     figures |= score(said, test, leaked(known, test))       # leaks of the whole file: one test set for every size
-    if held:
+    if held := held[:cfg.tests]:
         figures["dev"] = score(write([text for text, _ in held]), held, [False] * len(held))["exact"]
     with torch.no_grad():
         return figures | (alike(*latents(test), [regex for _, regex in test]) if latents else {})
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
-STEPS = {250: 400, 1000: 600, 8000: 1500}
-BEST, NO_EOS = dict(latent=1.0, k=1), dict(eos_in_loss=0.0)     # lambda and k: the best of MAP by dev
+STEPS = {250: 400, 1000: 600, 8000: 1200}
+BEST, NO_EOS = dict(latent=1.0, k=1), dict(eos_in_loss=0.0)     # lambda and k: to be the best of MAP by dev
 CASES = {"": {}, " latent": BEST, " no-EOS": NO_EOS, " latent no-EOS": BEST | NO_EOS, " table": dict(model="table")}
 
 def arm(size, **change):
@@ -332,9 +332,9 @@ WAYS = {name: arm(1000, **BEST | change) for name, change in {
 OTHERS = {f"turk{case}": arm(8000, pairs="turk", **CASES[case]) for case in ("", " latent", " table")}
 OTHERS |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
                                           n_embd=144, top_k=1) for size in (1000, 8000)}
-OTHERS |= {f"8000 t-jepa {memory}": arm(8000, model="t-jepa", memory=memory, n_embd=112, block_size=64, vocab_size=512,
-                                        stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, distill_steps=1500)
-           for memory in ("thought", "both")}
+OTHERS |= {f"8000 t-jepa {memory}": arm(8000, model="t-jepa", memory=memory, n_embd=104, block_size=64, vocab_size=512,
+    stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, weight_decay=0.05, distill_steps=1000)
+    for memory in ("thought", "both")}
 
 ANSWERS = {"exact match": "exact", "prefix match": "prefix", "over-generation": "over", "same length": "same_length",
            "other": "other", "dev": "dev", "leaked": "exact_leaked", "minutes": "minutes", "million weights": "million"}
@@ -366,7 +366,7 @@ def llm_jepa(flags):
     arms = ARMS
     if flags.fast:
         flags = dataclasses.replace(flags, seeds=1)
-        few = dict(n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, size=60, tests=60,
+        few = dict(n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, size=60, tests=20,
                    batch_size=8, qa_batch_size=8, pretrain_steps=2, distill_steps=2, speak_steps=2)
         arms = {name: dataclasses.replace(cfg, **few) for name, cfg in ARMS.items()}
     rows = run_arms("llm_jepa", arms, flags, measure)

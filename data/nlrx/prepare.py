@@ -74,7 +74,7 @@ def main():
     """Write the six files and print what is in them. A bad input ends the program with one line and exit code 2."""
     # without the usage text an error is one line
     parser = argparse.ArgumentParser(description="prepare NL-RX", usage=argparse.SUPPRESS)
-    parser.add_argument("--input", metavar="FOLDER", help="folder of synth_train.jsonl and so on; without it, a download")
+    parser.add_argument("--input", metavar="FOLDER", help="folder of synth_train.jsonl and so on; without it: download")
     args = parser.parse_args()
 
     pairs = {}
