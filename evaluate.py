@@ -8,6 +8,9 @@ r1, mrr rank of the answer's latent, seen from the thought, among the answers of
 em      exact match of greedy speech, over-generation counts as wrong
 std, rank, cos, pos are `tjepa.latent_health`; auroc, abstain and threshold are in `abstention`.
 """
+import csv
+from pathlib import Path
+
 import torch
 
 import tjepa
@@ -123,6 +126,7 @@ def say(run, thoughts, size=512):
 def exact_match(run, questions, thoughts):
     """EM by split and phrasing; and over DEC and LAT with each thought replaced by that of another question."""
     def matches(thoughts):
+        """Which answers are said right: bool (n,)."""
         said = say(run, thoughts)
         return torch.tensor([words == row.answer for words, row in zip(said, questions.rows)], device=run.device)
     torch.manual_seed(0)
@@ -151,9 +155,9 @@ def summary(figures):
     """The figures of a run as lines to print; what was not measured is left out."""
     lines = []
     if "val_r2" in figures:
-        share = f"share {figures['rank'] / figures['bound']:.2f}"
-        lines.append("pretrain: R2 {val_r2:.2f} on held-out text, rank {rank:.0f} of {bound} ".format(**figures)
-                     + f"({share}), {figures['health']}")
+        share = figures["rank"] / figures["bound"]
+        lines.append("pretrain: R2 {val_r2:.2f} on held-out text, rank {rank:.0f} of {bound} (share {share:.2f}), "
+                     "{health}".format(share=share, **figures))
     if "cloze_capital" in figures:
         lines[-1] += (", capital by lowest energy {cloze_capital:.2f} (chance {cloze_capital_chance:.3f}), among all "
                       "of the world {cloze_capital_all:.2f} ({cloze_capital_all_chance:.3f})").format(**figures)
@@ -169,6 +173,30 @@ def summary(figures):
         lines.append(f"  NEVER: {figures['abstain']:.2f} answered \"I don't know\", AUROC {figures['auroc']:.2f}")
     return lines
 
+class Log:
+    """metrics.csv, one row a log step. A resumed run cuts the file back to the rows of its checkpoint and goes on."""
+    COLUMNS = [*("phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
+                 "val_r2 std rank bound cos cos_centred pos hit1 chance health").split(),
+               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")),
+               *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em") for split in SPLITS
+                 for tail in ("", "_heldout")), "em_shuffled", "threshold", "abstain", "auroc"]
+
+    def __init__(self, out, rows):
+        self.path, self.rows = Path(out) / "metrics.csv", []
+        self.path.write_text(",".join(self.COLUMNS) + "\n")
+        for row in rows:
+            self.write(row)
+
+    def write(self, row):
+        """Append one row."""
+        self.rows.append(row)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS).writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                                         for name, value in row.items()})
+
+    def last(self):
+        """The newest value of each column: what a run returns."""
+        return {name: value for row in self.rows for name, value in row.items()}
 
 def draw_curves(rows, phases, path):
     """curves.png from the rows of metrics.csv: six panels over steps, the phases one after the other."""

@@ -11,6 +11,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line: sixty flags of usage would bury it."""
 
     def error(self, message):
+        """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -7,7 +7,6 @@ Train a T-JEPA: flags -> corpus -> phases -> one training loop -> checkpoint, me
     python train.py --phase=speak --out=out/book                            let it speak
     python train.py --help                                            every flag, and what moves if it moves
 """
-import csv
 import dataclasses
 import io
 import json
@@ -175,31 +174,6 @@ def build(cfg, tokenizer, weights=None, fresh=()):
     return model
 
 # -- the one training loop ---------------------------------------------------------------------------------------------
-class Log:
-    """metrics.csv, one row a log step. A resumed run cuts the file back to the rows of its checkpoint and goes on."""
-    COLUMNS = [*("phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
-                 "val_r2 std rank bound cos cos_centred pos hit1 chance health").split(),
-               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")),
-               *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em") for split in evaluate.SPLITS
-                 for tail in ("", "_heldout")), "em_shuffled", "threshold", "abstain", "auroc"]
-
-    def __init__(self, out, rows):
-        self.path, self.rows = Path(out) / "metrics.csv", []
-        self.path.write_text(",".join(self.COLUMNS) + "\n")
-        for row in rows:
-            self.write(row)
-
-    def write(self, row):
-        """Append one row."""
-        self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                                                         for name, value in row.items()})
-
-    def last(self):
-        """The newest value of each column: what a run returns."""
-        return {name: value for row in self.rows for name, value in row.items()}
-
 def groups(parts, weight_decay):
     """Parameter groups of AdamW: decay for matrices, none for norms, biases, embeddings and the query vector."""
     named = [(name, p) for part in parts for name, p in part.named_parameters()]
@@ -218,13 +192,26 @@ def optimizer_for(run, phase, state):
         optimizer.load_state_dict(state)
     return optimizer
 
+def take_step(run, phase, optimizer, loss_at, progress):
+    """One optimizer step of a phase -> (loss and stats of its last part, norm of its gradient)."""
+    for _ in range(run.cfg.accum):
+        with run.autocast():
+            loss, stats = loss_at(progress)
+        (loss / run.cfg.accum).backward()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grad = torch.nn.utils.clip_grad_norm_(params, run.cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    if phase == "pretrain":
+        run.model.ema_update(run.cfg.tau)
+    return loss, stats, grad
+
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     """Train the parts that a phase trains, from step start on. Every phase and every control goes through here.
     loss_at(progress) -> (loss, stats) draws its own batch; measure(whole) -> dict of figures, whole at the end;
     save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number."""
-    cfg, model, optimizer = run.cfg, run.model, optimizer_for(run, phase, optimizer_state)
+    cfg, optimizer = run.cfg, optimizer_for(run, phase, optimizer_state)
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
     figures, since, last = {}, time.perf_counter(), start
@@ -234,6 +221,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         log.write(row | (figures if evaluated else {}))
         if evaluated:
             save(row["step"], optimizer)
+        if evaluated and figures:       # a control that is measured elsewhere has nothing to draw
             evaluate.draw_curves(log.rows, PHASES, Path(cfg.out) / "curves.png")
         shown = row | figures
         bar.set_postfix({name: f"{shown[name]:.3g}" if isinstance(shown[name], float) else shown[name] for name in
@@ -248,15 +236,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         lr = peak * min((step + 1) / max(1, round(cfg.warmup * steps)), 0.55 + 0.45 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for _ in range(cfg.accum):
-            with run.autocast():
-                loss, stats = loss_at(step / steps)
-            (loss / cfg.accum).backward()
-        grad = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if phase == "pretrain":
-            model.ema_update(cfg.tau)
+        loss, stats, grad = take_step(run, phase, optimizer, loss_at, step / steps)
         bar.update()
         done, stop = step + 1, bool(INTERRUPTED)
         evaluated = done == steps or done % cfg.eval_every == 0 or stop
@@ -283,6 +263,7 @@ def pretrain(run):
     loss_of = torch.compile(model.pretrain_loss) if cfg.compile else model.pretrain_loss
 
     def loss_at(progress):
+        """Rows of text, drawn anew."""
         tokens = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)
         return loss_of(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
     cloze = evaluate.cloze if "capital" in run.corpus.values else lambda run, relation: {}
@@ -296,7 +277,7 @@ def teacher_vectors(cfg, answers):
     saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
     theirs, tokenizer = Config(**saved["config"]), data.Tokenizer.from_state(saved["tokenizer"])
     return build(theirs, tokenizer, saved["model"]).concept(
-        data.pack(tokenizer, [" " + answer for answer in answers], theirs.block_size, "the teacher's --block_size"))
+        data.pack_answers(tokenizer, answers, theirs.block_size, "the teacher's --block_size"))
 
 def standardise(model, latents):
     """A teacher's latents (n, D) in the units that thoughts have."""
@@ -316,6 +297,7 @@ def distill(run, questions, table):
     taught, quick = questions.where("DEC", "LAT", phrasing="trained"), questions.only("heldout")
 
     def loss_at(progress):
+        """Questions that are taught, drawn anew."""
         which = taught[torch.randint(len(taught), (run.cfg.qa_batch_size // run.cfg.accum,))]
         return run.model.distill_loss(questions.tokens[which], table[questions.answer_of[which]])
     return loss_at, lambda whole: evaluate.recall(run, questions if whole else quick, table)
@@ -337,6 +319,7 @@ def speak(run, questions, table):
     asks = {whole: (some, evaluate.think_all(run, some.tokens)) for whole, some in ((True, questions), (False, quick))}
 
     def loss_at(progress):
+        """Questions and echoes, drawn anew."""
         n = cfg.qa_batch_size // cfg.accum
         n_echo = round(n * cfg.echo)
         which = torch.cat((torch.randint(len(asked), (n - n_echo,)), len(asked) + torch.randint(len(heard), (n_echo,))))
@@ -393,7 +376,7 @@ def run(cfg):
     if not checkpoint and (out / "ckpt.pt").exists():
         (out / "ckpt.pt").replace(out / "ckpt.previous.pt")
         print(f"the run that was there is kept as {out / 'ckpt.previous.pt'}")
-    log = Log(out, checkpoint.get("rows", []))
+    log = evaluate.Log(out, checkpoint.get("rows", []))
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(),
                  corpus=corpus.fingerprint, answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
     for phase in phases[phases.index(checkpoint["phase"]) if cfg.resume else 0:]:
@@ -407,6 +390,7 @@ def run(cfg):
             this, questions, state["concepts"].to(device))
 
         def save(step, optimizer):
+            """The run as it stands."""
             save_checkpoint(out, state | dict(phase=phase, step=step, model=this.model.state_dict(), rows=log.rows,
                                               optimizer=optimizer.state_dict(), threshold=log.last().get("threshold")))
         fit(this, phase, loss_at, measure, log, save, *resumed)

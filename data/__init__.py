@@ -90,6 +90,11 @@ def pack(tokenizer, texts, limit, flag):
     return torch.tensor([row + [tokenizer.pad] * (len(longest) - len(row)) for row in ids])
 
 
+def pack_answers(tokenizer, answers, limit, flag):
+    """Answers as `pack` does: (A, L). With a leading space they are cut into the same tokens as inside a sentence."""
+    return pack(tokenizer, [" " + answer for answer in answers], limit, flag)
+
+
 def read_text(path):
     """The text of a UTF-8 file; ValueError says what is wrong with the file and where."""
     try:
@@ -175,9 +180,8 @@ class Questions:
         self.answers = sorted({row.answer for row in rows if row.split != "NEVER"})
         number = {answer: i for i, answer in enumerate(self.answers)}
         self.tokens = pack(tokenizer, [row.question for row in rows], block_size, "--block_size").to(device)    # (N, T)
-        # a leading space, so that an answer is cut into the same tokens as inside a sentence; EOS needs a place too
-        self.answer_tokens = pack(tokenizer, [" " + answer for answer in self.answers], answer_size - 1,
-                                  "--answer_size - 1").to(device)                                               # (A, L)
+        self.answer_tokens = pack_answers(tokenizer, self.answers, answer_size - 1,                             # (A, L)
+                                          "--answer_size - 1").to(device)       # EOS needs a place too
         self.answer_of = torch.tensor([number.get(row.answer, 0) for row in rows], device=device)               # (N,)
         relations = {name: i for i, name in enumerate(sorted({row.relation for row in rows}))}
         values = torch.zeros(len(relations), len(self.answers), dtype=torch.bool)

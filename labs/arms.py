@@ -1,4 +1,4 @@
-"""What every lab shares: run the arms that are not on disk, tabulate mean and spread, write the table where it is read."""
+"""What every lab shares: run the arms that are not on disk, tabulate mean and spread, write the table into a page."""
 import csv
 import dataclasses
 import json
@@ -7,6 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import train
@@ -19,38 +22,49 @@ class Flags:
     arms: str = ""              # only these arms, comma separated: so that two processes can share the work
     out: str = "out/labs"       # folder of the results, one a lab; an arm whose result lies there is not run again
     redo: bool = False          # run every arm again
+    jobs: int = 1               # so many arms at once; with OMP_NUM_THREADS=1, and for the figures on a quiet machine
     fast: bool = False          # a few steps of everything: does it run? The figures mean nothing
     table: str = ""             # write the table into this file, between its markers, instead of only printing it
 
 
+def commit():
+    """The commit that is measured; "-dirty" if the tree has changed since."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+
+def run_arm(name, cfg, measure):
+    """Run one arm; its row is on disk, as result.json, the moment it is measured."""
+    figures = measure(cfg)
+    (Path(cfg.out) / "result.json").write_text(json.dumps(dict(arm=name, seed=cfg.seed, commit=commit()) | figures))
+    return f"arm {name}, seed {cfg.seed}"
+
 def run_arms(lab, arms, flags, measure=train.run):
     """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the figures of measure(Config).
-
-    A row is on disk, as result.json, the moment it is measured; <out>/<lab>.csv holds them all.
-    """
+    <out>/<lab>.csv holds them all."""
     if flags.fast and flags.table:
         raise ValueError("--fast measures nothing: leave --table out")
     folder = Path(flags.out) / (lab + "-fast" * flags.fast)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     chosen = flags.arms.split(",") if flags.arms else list(arms)
     if unknown := [name for name in chosen if name not in arms]:
         raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
-    todo = [(name, seed) for seed in range(flags.seeds) for name in chosen
+    todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
+            for seed in range(flags.seeds) for name in chosen
             if flags.redo or not (folder / f"{name}_{seed}" / "result.json").exists()]
-    spent = []
-    for i, (name, seed) in enumerate(todo):
-        eta = f", about {statistics.mean(spent) * (len(todo) - i):.0f} minutes" if spent else ""
-        print(f"{lab}: arm {name}, seed {seed}; {len(todo) - i} runs left{eta}", flush=True)
-        started, out = time.perf_counter(), folder / f"{name}_{seed}"
-        figures = measure(dataclasses.replace(arms[name], seed=seed, out=str(out)))
-        spent.append((time.perf_counter() - started) / 60)
-        (out / "result.json").write_text(json.dumps(dict(arm=name, seed=seed, commit=commit) | figures))
+    with ProcessPoolExecutor(flags.jobs, get_context("spawn")) if flags.jobs > 1 else nullcontext() as pool:
+        started, done = time.perf_counter(), (pool.map if pool else map)(run_arm, *zip(*todo)) if todo else ()
+        for i, name in enumerate(done, 1):
+            eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
+            print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
     with open(folder.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, sorted({name: 0 for row in rows for name in row}))
         writer.writeheader()
         writer.writerows(rows)
     return rows
+
+def markdown(lines):
+    """A markdown table from lists of cells; the first is the header."""
+    header, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rest])
 
 def table(rows, arms, columns):
     """A markdown table: an arm a row, mean ± standard deviation over its seeds; columns: title -> name of a figure."""
@@ -64,9 +78,7 @@ def table(rows, arms, columns):
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else " (1 seed)"
         return f"{statistics.mean(values):.3f}{spread}"
     seen = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
-    lines = [["arm", *columns], ["---"] * (len(columns) + 1), *([arm, *(cell(arm, name) for name in columns.values())]
-                                                                for arm in seen)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([["arm", *columns], *([arm, *(cell(arm, name) for name in columns.values())] for arm in seen)])
 
 def publish(lab, rows, text, path):
     """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""

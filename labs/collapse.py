@@ -25,7 +25,7 @@ import torch
 import data
 import tjepa
 import train
-from labs.arms import Flags, main, publish, run_arms, table
+from labs.arms import Flags, main, markdown, publish, run_arms, table
 from labs.measures import content_sensitivity, features, logistic_probe
 
 BASE = train.Config(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100, **train.RECIPES["paper"])
@@ -112,15 +112,13 @@ def verdicts(rows, arms):
                 derive[worth].append(row["std"] * row["share"])
             else:
                 count[tjepa.health_word(row), worth] += 1
-    lines = ["| health word, on runs not used to derive it | phase 1 was worth something | it was not |",
-             "| --- | --- | --- |"]
-    for word in "healthy", "shrinking", "collapsed":
-        lines.append(f"| {word} | {count[word, True]} | {count[word, False]} |")
+    confusion = markdown([["health word, on runs not used to derive it", "phase 1 was worth something", "it was not"],
+                          *([word, str(count[word, True]), str(count[word, False])]
+                            for word in ("healthy", "shrinking", "collapsed"))])
     right = count["healthy", True] + count["collapsed", False]
     low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
-    lines += ["", f"Right: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) of "
-                  f"{low:.3f}, healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}."]
-    return "\n".join(lines)
+    return (f"{confusion}\n\nRight: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) "
+            f"of {low:.3f}, healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}.")
 
 def curve(folder, arm, seeds, name):
     """(steps, means over seeds) of a column of metrics.csv in phase 1."""

@@ -261,12 +261,14 @@ def learn_tokens(cfg, taught):
     model = kind(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)).to(device)
     run = train.Run(cfg, model, None, device, dtype)
 
-    def loss_at(progress):      # the batch is drawn first: all arms of a seed see the same ones
+    def loss_at(progress):
+        """Of a batch, which is drawn first: all arms of a seed see the same ones."""
         which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,))
         return model.loss(join(model.cfg.pad, descriptions[which]), regexes[which], progress)
-    train.fit(run, "speak", loss_at, lambda whole: {}, train.Log(cfg.out, []), lambda step, optimizer: None)
+    train.fit(run, "speak", loss_at, lambda whole: {}, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
 
     def latents(pairs):
+        """g(z_text) and z_code of n pairs: (n, C) each."""
         return model.views(*(ids.to(device) for ids in pack(tokenizer, pairs, cfg)))
     return model, lambda texts: write(run, tokenizer, texts), latents if cfg.model == "gpt" else None
 
@@ -282,10 +284,13 @@ def learn_t_jepa(cfg, taught):
     run = train.Run(cfg, model.to(device), corpus, device, dtype)
 
     def ids(texts):
+        """As the run reads them."""
         return data.pack(corpus.tokenizer, texts, cfg.block_size, "--block_size").to(device)
     def write(texts):
+        """Think, then speak."""
         return evaluate.say(run, evaluate.think_all(run, ids(texts)))
     def latents(pairs):
+        """The thoughts, and the latents that they should be: (n, C) each."""
         regexes = model.concept(ids([" " + regex for _, regex in pairs]))
         return evaluate.think_all(run, ids([text for text, _ in pairs])).latent, train.standardise(model, regexes)
     return model, write, latents

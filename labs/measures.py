@@ -61,8 +61,10 @@ def ridge_probe(train, dev, test):
     cost = torch.ones(x.size(1), dtype=x.dtype)
     cost[-1] = 0                                        # the bias is free
     def fit(penalty):
+        """The normal equations."""
         return torch.linalg.solve(x.T @ x / len(x) + penalty * cost.diag(), x.T @ y / len(x))           # (C+1, D)
     def score(w, x, y):
+        """R2."""
         return tjepa.r_squared(x @ w, y, torch.ones(len(x))).item()
     return choose(fit, score, dev, test)
 
@@ -75,9 +77,11 @@ def logistic_probe(train, dev, test):
     (x, y), dev, test = ((x.float(), y) for x, y in standardised(train, dev, test))
     classes, y = y.unique(return_inverse=True)
     w = torch.zeros(x.size(1), len(classes), requires_grad=True)                                        # (C+1, classes)
-    def fit(penalty):                                   # goes on from the weights of the last penalty, which are near
+    def fit(penalty):
+        """LBFGS, from the weights of the last penalty on, which are near."""
         optimizer = torch.optim.LBFGS([w], max_iter=100, tolerance_change=1e-8, line_search_fn="strong_wolfe")
         def loss():
+            """Cross-entropy and penalty, with gradients."""
             optimizer.zero_grad()
             value = F.cross_entropy(x @ w, y) + penalty / 2 * w[:-1].square().sum()
             value.backward()
@@ -85,6 +89,7 @@ def logistic_probe(train, dev, test):
         optimizer.step(loss)
         return w.detach().clone()
     def score(w, x, y):
+        """Accuracy."""
         return (classes[(x @ w).argmax(1)] == y).float().mean().item()
     return choose(fit, score, dev, test)
 
@@ -130,6 +135,7 @@ def knn_overlap(x, y, k=10):
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more")
     def nearest(z):
+        """The k nearest others of each row: (N, k)."""
         z = F.normalize(centred(z), dim=-1)
         return (z @ z.T).fill_diagonal_(-torch.inf).topk(k).indices                                     # (N, k)
     a, b = map(nearest, rows_of(x, y, least=k + 2))

@@ -40,7 +40,7 @@ import data
 import tjepa
 import train
 from flags import read_flags
-from labs.arms import publish
+from labs.arms import commit, markdown, publish
 
 
 @dataclasses.dataclass
@@ -92,8 +92,7 @@ class Lab:
                                               self.device) for n in self.size.every)
         self.path = Path(flags.out) / f"speed{'-fast' * flags.fast}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        self.commit = git.stdout.strip()
+        self.commit = commit()
 
     def time(self, act):
         """Milliseconds of one call; a GPU is waited for."""
@@ -130,8 +129,7 @@ class Lab:
         """The rows of a part in markdown."""
         rows = [row for row in self.rows if row["part"] == part]
         names = [name for name in COLUMNS[1:-1] if any(row.get(name) for row in rows)]
-        lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
-        return f"{part}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"{part}:\n\n" + markdown([names, *([str(row.get(name, "")) for name in names] for row in rows)])
 
 # -- what a student would use instead ----------------------------------------------------------------------------------
 def shape(width):
@@ -172,26 +170,14 @@ def nanogpt(lab, width, size=CFG.block_size):
         return model.to(lab.device), model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), lab.device)
 
 # -- training steps ----------------------------------------------------------------------------------------------------
-def step_of(loss_of, optimizer, autocast, after=lambda: None):
-    """A training step as train.fit takes it, less its book-keeping."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    def step():
-        with autocast:
-            loss = loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, CFG.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        after()
-    return step
-
 def gpt_step(lab, model, optimizer, dtype=None):
-    """The step of a GPT, ours or nanoGPT's."""
-    text = lab.rows_of(CFG.block_size + 1)
-    def loss():
+    """The step of a GPT, ours or nanoGPT's: as phase 3 takes it, without an EMA."""
+    text, run = lab.rows_of(CFG.block_size + 1), train.Run(CFG, model, lab.corpus, lab.device, dtype)
+    def loss_at(progress):
+        """Cross-entropy of rows of text, drawn anew."""
         rows = text.batch(lab.size.rows).to(lab.device, non_blocking=True)              # (B, T + 1)
-        return model(rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous())[1]
-    return step_of(loss, optimizer, torch.autocast(lab.device, dtype, enabled=dtype is not None))
+        return model(rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous())[1], {}
+    return partial(train.take_step, run, "speak", optimizer, loss_at, 0.5)
 
 def phase(lab, name, dtype, questions=None, **changes):
     """(run, step, measure) of a phase of train.py, untrained."""
@@ -200,8 +186,7 @@ def phase(lab, name, dtype, questions=None, **changes):
                     lab.corpus._replace(train=lab.rows_of(cfg.block_size)), lab.device, dtype)
     more = [questions, train.teach(run, questions, None)] if name != "pretrain" else []
     loss_at, measure = getattr(train, name)(run, *more)
-    ema = [] if more else [partial(run.model.ema_update, cfg.tau)]
-    return run, step_of(lambda: loss_at(0.5)[0], train.optimizer_for(run, name, None), run.autocast(), *ema), measure
+    return run, partial(train.take_step, run, name, train.optimizer_for(run, name, None), loss_at, 0.5), measure
 
 def products(lab, width, dtype):
     """The four bare products of a block, for the tokens of a step."""
@@ -250,11 +235,13 @@ def generation(lab):
         empty, words = torch.zeros(batch, 0, device=lab.device), torch.randint(n, (batch, n), device=lab.device)
         thought = tjepa.Thought(torch.randn(batch, width, device=lab.device), empty, empty)
         def uncached():
+            """All that was said is read again for each token."""
             memory = model.decoder.memory(thought)
             for i in lengths:
                 logits = model.decoder.token_head(model.decoder(words[:, :i], *memory)[:, -1])          # (B, V)
                 tjepa.pick(logits, temperature=1.0)
         def cached(dtype):
+            """As sample.py does."""
             with torch.autocast(lab.device, dtype, enabled=dtype is not None):
                 list(model.speak(thought, temperature=1.0))
         arms = {("decoder, no cache", "fp32"): uncached}
@@ -292,6 +279,7 @@ def children(lab):
     """Peak memory, import and --help, each in a process of its own. They come first, while this process is small: on
     Linux a child's peak begins with the memory of its parent."""
     def python(*argv):
+        """The words that a process of its own prints."""
         root = Path(train.__file__).parent
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=root).stdout.split()
     for width in lab.size.peaks:
@@ -311,6 +299,7 @@ def around(lab):
     run, step, _ = phase(lab, "pretrain", None, **shape(lab.ends[0]))
     cfg, tokens = run.model.cfg, run.corpus.train.batch(lab.size.rows).to(lab.device)
     def mask():
+        """What a step does before the encoders."""
         spans = tjepa.sample_spans(tokens, run.model.word_start, cfg)
         tjepa.split_spans(spans, tokens, round(cfg.block_size * cfg.mask_ratio), cfg)
     with tempfile.TemporaryDirectory() as out:

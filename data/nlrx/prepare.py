@@ -58,9 +58,11 @@ def majority(pairs):
                 atoms[phrase][part] += 1
 
     def most(counter):
+        """Its commonest key, "" if it has none."""
         return max(counter, key=counter.get, default="")
 
     def regex_of(description):
+        """The commonest reading."""
         parts = iter([most(atoms[phrase]) for phrase in PHRASE.findall(description)])
         return re.sub("_", lambda _: next(parts, ""), most(sentences[PHRASE.sub("_", description)]))
     return regex_of
