@@ -41,6 +41,7 @@ import tjepa
 import train
 from flags import read_flags
 from labs.arms import commit, markdown, publish
+from labs.controls import GPT
 
 
 @dataclasses.dataclass
@@ -136,28 +137,9 @@ def shape(width):
     """The fields of a Config that follow from the width: heads of 32, a predictor half as wide."""
     return dict(n_embd=width, n_head=width // 32, pred_embd=width // 2)
 
-class GPT(tjepa.Decoder):
-    """The control: our decoder with no memory to read is a plain GPT. V*C + depth * (12*C*C + 2*C) + C parameters."""
-    def __init__(self, width, depth=CFG.n_layer, size=CFG.block_size):
-        super().__init__(tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, answer_size=size, memory="tokens"))
-        self.blocks = torch.nn.ModuleList(tjepa.Block(width, width // 32) for _ in range(depth))
-        self.latent_head = None
-        torch.nn.init.normal_(self.embed.weight, std=0.02)              # the head's weights too
-
-    def forward(self, tokens, targets=None, caches=None):
-        """tokens (B, T) -> (logits, loss): of all places if there are targets (B, T), else of the last; as nanoGPT."""
-        states = super().forward(tokens, None, None, caches)                            # (B, T, C)
-        logits = self.token_head(states if targets is not None else states[:, -1:])     # (B, T or 1, V)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                                                    ignore_index=-1)
-
-    @torch.no_grad()
-    def generate(self, prompt, n):
-        """The n likeliest tokens after prompt (B, T), one by one, with a KV cache: (B, n)."""
-        caches, said = [({}, None) for _ in self.blocks], [prompt]
-        for _ in range(n):
-            said.append(self(said[-1], caches=caches)[0].argmax(-1))                    # (B, 1)
-        return torch.cat(said[1:], dim=1)
+def gpt_of(width, depth=CFG.n_layer, size=CFG.block_size):
+    """The control, of our blocks."""
+    return GPT(tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, n_layer=depth, top_k=1), size)
 
 def nanogpt(lab, width, size=CFG.block_size):
     """nanoGPT in the encoder's shape, and the optimizer that it configures, from a model.py that is imported from where
@@ -202,7 +184,7 @@ def steps(lab):
             ("fp32", torch.float32), ("bf16", torch.bfloat16))}, lab.size.calls, width)
         arms = {("nanoGPT", "fp32"): gpt_step(lab, *nanogpt(lab, width))} if lab.flags.nanogpt else {}
         for name, dtype in lab.dtypes.items():
-            gpt = GPT(width).to(lab.device)
+            gpt = gpt_of(width).to(lab.device)
             adamw = torch.optim.AdamW(train.groups([gpt], CFG.weight_decay), fused=True)
             arms["GPT of our blocks", name] = gpt_step(lab, gpt, adamw, dtype)
             for i, kind in enumerate(train.PHASES, 1):
@@ -263,7 +245,7 @@ def thinking(lab):
     for width, n in itertools.product(lab.ends, lab.size.answers):
         model = endless(lab, width, max(4, n))
         ours = lambda: list(itertools.islice(model.speak(model.think(question)), n))
-        gpt = lambda depth: partial(GPT(width, depth, question.size(1) + n).to(lab.device).generate, question, n)
+        gpt = lambda depth: partial(gpt_of(width, depth, question.size(1) + n).to(lab.device).generate, question, n)
         params = sum(p.numel() for part in (model.encoder, model.predictor, model.decoder) for p in part.parameters())
         flops, one, two = map(count_flops, (ours, gpt(1), gpt(2)))              # a GPT's grow with its depth, linearly
         depths = {"GPT of equal parameters": round((params - (V + 1) * width) / (12 * width + 2) / width),

@@ -51,7 +51,7 @@ def lab(tmp_path):
 
 def gpt(depth=2, size=8):
     torch.manual_seed(0)
-    return speed.GPT(32, depth, size)
+    return speed.gpt_of(32, depth, size)
 
 
 def words(rows, length):
@@ -136,7 +136,7 @@ def test_phase_1_costs_the_share_of_a_gpts_flops_that_the_docstring_expects(widt
     model.target.requires_grad_(False)
     spans = tjepa.sample_spans(tokens[:, 1:], model.word_start, cfg)
     ours = speed.count_flops(lambda: model.pretrain_loss(tokens[:, 1:], spans)[0].backward())
-    control = speed.GPT(width)
+    control = speed.gpt_of(width)
     theirs = speed.count_flops(lambda: control(tokens[:, :-1], tokens[:, 1:])[1].backward())
     assert ours / theirs < share + 0.01         # more than it says would be a slower phase 1
 
