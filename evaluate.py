@@ -210,7 +210,8 @@ def draw_curves(rows, phases, path):
               "std across sequences": ("std",), "rank of the target, and its bound": ("rank", "bound"),
               "hit rate of spans, R@1 of answers": ("hit1", "chance", "r1_DEC_heldout", "r1_LAT_heldout"),
               "exact match": ("em_DEC", "em_DEC_heldout", "em_LAT", "em_LAT_heldout", "em_TXT_heldout")}
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    figure.subplots_adjust(0.04, 0.08, 0.99, 0.95, 0.15, 0.35)          # a layout engine would draw it all twice
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             at = [(row["step"] + begin[row["phase"]], row[name]) for row in rows if name in row]

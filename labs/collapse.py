@@ -11,7 +11,7 @@ Every arm is the paper's recipe with one thing changed, but for train.py's defau
 control (an encoder that reads [MASK]s). All share tokens, width, seeds and one learning rate: it was not tuned an arm.
 After phase 1 each arm is judged by what a student wants of it: a probe (on which continent is the country that a
 question names?), the cloze, and a short phase 2 (R@1 of the thought for LAT facts). The health word sees none of these:
-its thresholds come from seed 0 of every second arm, and the last table says how often it is right on all other runs.
+its thresholds come from seed 0 of every second arm, and the last table says how often it is right on other seeds.
 """
 import csv
 import dataclasses
@@ -101,7 +101,8 @@ def measure(cfg):
 def verdicts(rows, arms):
     """How the health word was derived, and if it holds: markdown. A run's phase 1 was worth something if phase 2
     then finds LAT answers, in held-out phrasing, 1.2 times as often as from a random-init encoder. Thresholds: the
-    highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm."""
+    highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm. Judged on the other
+    seeds alone: the rule's form and the factor were chosen when seed 0 of all arms was known."""
     jepas = [arm for arm in arms if arm not in ("random-init encoder", "masked LM")]
     random = statistics.mean(row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder")
     derive, count = {True: [], False: []}, Counter()
@@ -110,9 +111,9 @@ def verdicts(rows, arms):
             worth = row["r1_LAT_heldout"] > 1.2 * random
             if row["seed"] == 0 and jepas.index(row["arm"]) % 2 == 1:
                 derive[worth].append(row["std"] * row["share"])
-            else:
+            if row["seed"] > 0:
                 count[tjepa.health_word(row), worth] += 1
-    confusion = markdown([["health word, on runs not used to derive it", "phase 1 was worth something", "it was not"],
+    confusion = markdown([["health word, on seeds not used to derive it", "phase 1 was worth something", "it was not"],
                           *([word, str(count[word, True]), str(count[word, False])]
                             for word in ("healthy", "shrinking", "collapsed"))])
     right = count["healthy", True] + count["collapsed", False]
