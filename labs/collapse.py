@@ -104,7 +104,10 @@ def verdicts(rows, arms):
     highest spread of a worthless run and the lowest of a worthy one, in seed 0 of every second arm. Judged on the other
     seeds alone: the rule's form and the factor were chosen when seed 0 of all arms was known."""
     jepas = [arm for arm in arms if arm not in ("random-init encoder", "masked LM")]
-    random = statistics.mean(row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder")
+    control = [row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder"]
+    if not control:
+        return "The health word is judged beside the arm random-init encoder, which was not run."
+    random = statistics.mean(control)
     derive, count = {True: [], False: []}, Counter()
     for row in rows:
         if row["arm"] in jepas:
