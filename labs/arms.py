@@ -7,10 +7,11 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 import train
 
@@ -22,7 +23,7 @@ class Flags:
     arms: str = ""              # only these arms, comma separated: so that two processes can share the work
     out: str = "out/labs"       # folder of the results, one a lab; an arm whose result lies there is not run again
     redo: bool = False          # run every arm again
-    jobs: int = 1               # so many arms at once; with OMP_NUM_THREADS=1, and for the figures on a quiet machine
+    jobs: int = 1               # so many arms at once, each in a process of its own: set OMP_NUM_THREADS=1
     fast: bool = False          # a few steps of everything: does it run? The figures mean nothing
     table: str = ""             # write the table into this file, between its markers, instead of only printing it
 
@@ -31,11 +32,28 @@ def commit():
     """The commit that is measured; "-dirty" if the tree has changed since."""
     return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
 
+def machine():
+    """Where a figure was measured, in words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+
 def run_arm(name, cfg, measure):
     """Run one arm; its row is on disk, as result.json, the moment it is measured."""
     figures = measure(cfg)
-    (Path(cfg.out) / "result.json").write_text(json.dumps(dict(arm=name, seed=cfg.seed, commit=commit()) | figures))
+    row = dict(arm=name, seed=cfg.seed, commit=commit(), device=machine())
+    (Path(cfg.out) / "result.json").write_text(json.dumps(row | figures))
     return f"arm {name}, seed {cfg.seed}"
+
+def finish(todo, jobs):
+    """Run the arms of todo, jobs at once; yields the name of each that is done. One that fails stops no other, if they
+    run side by side; its error comes last."""
+    if jobs == 1:
+        yield from (run_arm(*one) for one in todo)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        runs = [pool.submit(run_arm, *one) for one in todo]
+        yield from (run.result() for run in as_completed(runs) if not run.exception())
+    for run in runs:
+        run.result()
 
 def run_arms(lab, arms, flags, measure=train.run):
     """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the figures of measure(Config).
@@ -49,11 +67,10 @@ def run_arms(lab, arms, flags, measure=train.run):
     todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
             for seed in range(flags.seeds) for name in chosen
             if flags.redo or not (folder / f"{name}_{seed}" / "result.json").exists()]
-    with ProcessPoolExecutor(flags.jobs, get_context("spawn")) if flags.jobs > 1 else nullcontext() as pool:
-        started, done = time.perf_counter(), (pool.map if pool else map)(run_arm, *zip(*todo)) if todo else ()
-        for i, name in enumerate(done, 1):
-            eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
-            print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
+    started = time.perf_counter()
+    for i, name in enumerate(finish(todo, flags.jobs), 1):
+        eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
+        print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
     with open(folder.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, sorted({name: 0 for row in rows for name in row}))
@@ -84,8 +101,9 @@ def publish(lab, rows, text, path):
     """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""
     print(text)
     if path:
-        commits = ", ".join(sorted({row["commit"] for row in rows}))
-        body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit {commits}.\n\n"
+        commits, devices = (", ".join(sorted({row.get(name, "a CPU") for row in rows})) for name in ("commit", "device"))
+        body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit {commits} on "
+                f"{devices}.\n\n"
                 f"{text}\n<!-- /{lab} -->")
         page, n = re.subn(f"<!-- {lab} -->.*?<!-- /{lab} -->", lambda _: body, Path(path).read_text(), flags=re.DOTALL)
         if not n:

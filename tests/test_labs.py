@@ -1,10 +1,12 @@
 """What a table of a lab can be trusted for, one property a test. Nothing is trained here."""
 import json
+import os
 
 import pytest
 
 import train
 from labs import arms, collapse
+from tests import toy
 
 
 def flags(tmp_path, **changes):
@@ -37,6 +39,14 @@ def test_rows_before_an_arm_that_fails_are_kept(tmp_path):
     with pytest.raises(ValueError, match="no"):
         arms.run_arms("lab", ARMS, flags(tmp_path), measure)
     assert json.loads((tmp_path / "lab" / "a_0" / "result.json").read_text())["score"] == 1.0
+
+
+def test_arms_side_by_side_run_in_other_processes_and_one_that_fails_stops_no_other(tmp_path):
+    with pytest.raises(ValueError, match="no"):
+        arms.run_arms("lab", dict(b=ARMS["b"], a=ARMS["a"]), flags(tmp_path, jobs=2), toy.measure)
+    rows = arms.run_arms("lab", ARMS, flags(tmp_path, arms="a"), None)                  # all from the disk
+    assert [(row["arm"], row["seed"], row["score"]) for row in rows] == [("a", 0, 0), ("a", 1, 1)]
+    assert os.getpid() not in {row["process"] for row in rows}
 
 
 def test_an_unknown_arm_names_those_that_there_are(tmp_path):

@@ -1,4 +1,7 @@
 """A world of twelve facts and a model of twenty thousand parameters: whole runs in seconds."""
+import os
+from pathlib import Path
+
 PAIRS = [(f"What is the colour of the {thing}?", colour) for thing, colour in zip(
     "moss rose lake snow coal plum corn clay rust foam wine sand".split(),
     "green red blue white black purple yellow brown orange grey crimson beige".split())]
@@ -15,3 +18,11 @@ def write_corpus(folder):
              for sentence in ("The {thing} is {colour}.", "We saw that the {thing} was {colour} again.")]
     (folder / "text.txt").write_text(" ".join(lines))
     (folder / "qa.tsv").write_text("".join(f"{question}\t{answer}\n" for question, answer in PAIRS))
+
+
+def measure(cfg):
+    """An arm of a lab that trains nothing, and fails without SIGReg. At the top of a module: other processes find it."""
+    if cfg.sigreg == 0:
+        raise ValueError("no")
+    Path(cfg.out).mkdir(parents=True)
+    return dict(score=cfg.seed, process=os.getpid())
