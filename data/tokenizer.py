@@ -12,8 +12,7 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 
-import regex  # python's re has no \p{L}; this and requests come along with tiktoken, so they add no dependency
-import requests
+import regex  # python's re has no \p{L}; this comes along with tiktoken, so it adds no dependency
 import tiktoken
 
 # text is cut into pieces first and no token ever spans two of them, so the vocabulary is not spent on "the." and "the,":
@@ -105,6 +104,7 @@ class Tokenizer:
     @classmethod
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's own 50,257 - 1 ranks and pattern. ValueError, saying which files go where, if they cannot be downloaded."""
+        import requests  # comes along with tiktoken; here and not above: --help should not wait for it
         folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
         folder = os.path.join(tempfile.gettempdir(), "data-gym-cache") if folder is None else folder
         names = [hashlib.sha1(url.encode()).hexdigest() for url in GPT2_FILES]  # what tiktoken calls them
