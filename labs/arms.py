@@ -110,10 +110,10 @@ def publish(lab, rows, text, path):
             raise ValueError(f"--table={path} has no place for it: add the lines <!-- {lab} --> and <!-- /{lab} -->")
         Path(path).write_text(page)
 
-def main(lab):
-    """Run a lab's main(flags) with the usual manners."""
+def main(lab, kind=Flags):
+    """Run a lab's main(flags) with the usual manners; kind: its flags, where it has more of them."""
     try:
-        lab(Flags(**train.read_flags(Flags, None, f"labs.{lab.__name__}")))
+        lab(kind(**train.read_flags(kind, None, f"labs.{lab.__name__}")))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,15 +24,20 @@ class GPT(nn.Module):
         """All of it, whatever the phase: so `train.fit` trains it."""
         return list(self.children())
 
-    def states(self, tokens, positions=None, mask=None, caches=None):
-        """tokens (B, T) at positions (T,), without them the next ones -> states (B, T, C). mask: bool (T, T), without
-        it causal. With caches, tokens are only the newest."""
+    def layers(self, tokens, positions=None, mask=None, caches=None):
+        """tokens (B, T) at positions (T,), without them the next ones -> the states of each layer, (B, T, C) each.
+        mask: bool (T, T), without it causal. With caches, tokens are only the newest."""
         past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
-        x = self.embed(tokens)                                                          # (B, T, C)
+        x, states = self.embed(tokens), []                                              # (B, T, C)
         rope = self.rope[past:past + tokens.size(1)] if positions is None else self.rope[positions]     # (T, hs/2)
         for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
             x = block(x, rope, mask=mask, causal=mask is None, cache=cache)
-        return self.norm(x)
+            states.append(x)
+        return states
+
+    def states(self, tokens, positions=None, mask=None, caches=None):
+        """As `layers`, the last one alone: (B, T, C)."""
+        return self.norm(self.layers(tokens, positions, mask, caches)[-1])
 
     def say(self, states):
         """Logits (..., V) of the next token."""
@@ -53,3 +58,48 @@ class GPT(nn.Module):
         for _ in range(n):
             said.append(self(said[-1], caches=caches)[0].argmax(-1))                    # (B, 1)
         return torch.cat(said[1:], dim=1)
+
+
+class Reader(GPT):
+    """The GPT as a control of phase 1: it reads the same rows, each after [BOS], and `train.fit` trains it."""
+    def __init__(self, cfg):
+        super().__init__(cfg, cfg.block_size + 1)
+
+    def after_bos(self, tokens):
+        """tokens (B, T) -> [BOS] and all of them, (B, T+1)."""
+        return F.pad(tokens, (1, 0), value=self.cfg.bos)
+
+    def pretrain_loss(self, tokens):
+        """Cross-entropy of each real token of (B, T), the first one too -> (loss, stats)."""
+        _, loss = self(self.after_bos(tokens[:, :-1]), tokens.masked_fill(tokens == self.cfg.pad, -1))
+        return loss, {}
+
+    def ema_update(self, tau):
+        """Nothing: it has no target."""
+
+    def encode(self, tokens, top_k=1):
+        """tokens (B, T) -> (B, T, C): the last layer, or the mean of the last top_k, layer-normed as in `Encoder`."""
+        return sum(tjepa.norm(x[:, 1:]) for x in self.layers(self.after_bos(tokens))[-top_k:]) / top_k
+
+    @torch.no_grad()
+    def energy(self, tokens, spans):
+        """Minus the log-probability of each text (B, T), padding left out: (B,). Spans are ignored: what is likely
+        depends on all of a text, its removed words and what follows them."""
+        logits = self.say(self.states(self.after_bos(tokens[:, :-1])))                  # (B, T, V)
+        return F.cross_entropy(logits.mT, tokens, ignore_index=self.cfg.pad, reduction="none").sum(1)
+
+
+class MaskedLM:
+    """The token output of a T-JEPA that was trained with an mlm term, asked as `TJEPA.energy` is asked.
+    mean: of the log-probabilities of a span's tokens their mean, else their sum. Long words lose by the sum, and by
+    the mean words whose end follows from their beginning win: between candidates of equal length they agree."""
+    def __init__(self, model, mean):
+        self.cfg, self.model, self.mean = model.cfg, model, mean
+
+    @torch.no_grad()
+    def energy(self, tokens, spans):
+        """Minus the log-probability of the removed tokens, all removed at once: tokens, spans (B, T) -> (B,)."""
+        p = self.model.predict(tokens, spans, int((spans < self.cfg.max_spans).sum(1).max()))
+        logits = F.linear(tjepa.norm(p.filled), self.model.encoder.embed.weight).float()        # (B, K, V)
+        surprise = F.cross_entropy(logits.mT, p.missing, reduction="none")              # (B, K), 0 in surplus slots
+        return surprise.sum(1) / ((p.missing >= 0).sum(1) if self.mean else 1)

@@ -48,10 +48,10 @@ def standardised(*parts):
     mean, std = xs[0].mean(0), xs[0].std(0, correction=0).clamp(min=1e-6)
     return [(F.pad((x - mean) / std, (0, 1), value=1.0), y.cpu()) for x, (_, y) in zip(xs, parts)]
 
-def choose(fit, score, dev, test):
+def choose(fit, score, dev, test, penalties=PENALTIES):
     """fit(penalty) -> weights, score(weights, x, y) -> float. The penalty that is best on dev; its score on test."""
-    weights = {penalty: fit(penalty) for penalty in PENALTIES}
-    best = max(PENALTIES, key=lambda penalty: score(weights[penalty], *dev))
+    weights = {penalty: fit(penalty) for penalty in penalties}
+    best = max(penalties, key=lambda penalty: score(weights[penalty], *dev))
     return score(weights[best], *test), best            # test is looked at once, and chooses nothing
 
 def ridge_probe(train, dev, test):
@@ -68,8 +68,9 @@ def ridge_probe(train, dev, test):
         return tjepa.r_squared(x @ w, y, torch.ones(len(x))).item()
     return choose(fit, score, dev, test)
 
-def logistic_probe(train, dev, test):
+def logistic_probe(train, dev, test, penalties=PENALTIES):
     """Multinomial logistic regression. Each split: x (n, C), y (n,) integers -> (accuracy on test, the penalty chosen).
+    penalties: those to choose from, heavy to light; the lightest take longest.
     Chance is the share of the commonest class; one that train lacks counts as wrong. Full-batch LBFGS: no seed, no
     luck. ValueError: as in `rows_of`, or y is not integers."""
     if any(y.is_floating_point() or y.dim() != 1 for _, y in (train, dev, test)):
@@ -91,7 +92,7 @@ def logistic_probe(train, dev, test):
     def score(w, x, y):
         """Accuracy."""
         return (classes[(x @ w).argmax(1)] == y).float().mean().item()
-    return choose(fit, score, dev, test)
+    return choose(fit, score, dev, test, penalties)
 
 # -- the shape of one cloud --------------------------------------------------------------------------------------------
 def rankme(z):
