@@ -53,13 +53,14 @@ class Config:
     memory: str = "thought"     # what the decoder reads: tokens | thought | both
     n_slots: int = 4            # memory slots a thought is spread over; 1 makes its attention a constant
     noise: float = 0.45         # blur of the thoughts that the decoder learns from: in use they are never exact
+    memory_drop: float = 0.0    # with memory=both: share of phase 3's rows without token latents, to lean on thoughts
 
     def __post_init__(self):
         check(self, (
             ("n_layer n_head n_embd pred_embd dec_layer max_span top_k n_slots", lambda v: v >= 1, "1 or more"),
             ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),
             ("pred_layer sigreg vicreg mlm init_std ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
-            ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+            ("question_drop memory_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
             ("n_embd pred_embd", lambda v: v % (2 * self.n_head) == 0, f"a multiple of 2 * n_head = {2 * self.n_head}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
@@ -150,13 +151,12 @@ class Encoder(nn.Module):
 
     def forward(self, tokens, positions, mask=None, top_k=1):
         """tokens, positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, each layer-normed."""
-        x, states = self.embed(tokens), []                              # (B, T, C)
+        x = self.embed(tokens)                                          # (B, T, C)
         if hasattr(self, "embed_position"):
             x = x + self.embed_position(positions)
-        rope = self.rope[positions].unsqueeze(-3)                       # (B, 1, T, hs/2), shared by the heads
+        states, rope = [x], self.rope[positions].unsqueeze(-3)          # (B, 1, T, hs/2), shared by the heads
         for block in self.blocks:
-            x = block(x, rope, mask=mask)
-            states.append(x)
+            states.append(block(states[-1], rope, mask=mask))
         return sum(norm(h) for h in states[-top_k:]) / top_k
 
 # -- phase 1: remove spans, predict their latents ----------------------------------------------------------------------
@@ -255,14 +255,15 @@ class Decoder(nn.Module):
         self.latent_head = nn.Linear(C, D)
         self.register_buffer("rope", rotary(cfg.answer_size, C // cfg.n_head), persistent=False)
 
-    def memory(self, thought):
-        """A `Thought` of B rows -> what the blocks attend to: memory (B, M', C) and its mask (B, 1, 1, M')."""
+    def memory(self, thought, drop=0.0):
+        """`Thought` of B rows -> memory (B, M', C), mask (B, 1, 1, M'). drop: share of `both` without token latents."""
         if self.kind == "tokens":
             return thought.context, thought.real[:, None, None]
         slots = self.slots(thought.latent).view(len(thought.latent), self.n_slots, -1)  # (B, M, C)
         real = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)       # (B, M)
         if self.kind == "both":
-            slots, real = torch.cat((slots, thought.context), dim=1), torch.cat((real, thought.real), dim=1)
+            kept = thought.real & (torch.rand_like(slots[:, :1, 0]) >= drop)            # (B, T)
+            slots, real = torch.cat((slots, thought.context), dim=1), torch.cat((real, kept), dim=1)
         return slots, real[:, None, None]
 
     def forward(self, tokens, memory, memory_mask, caches=None):
@@ -442,10 +443,9 @@ class TJEPA(nn.Module):
         its encoder is frozen. answer (B, A) ends in EOS and padding, answer_latent (B, D). Returns (loss, stats)."""
         # a thought that errs leans towards another answer: blur it with others of the batch, and with noise
         z, blur = thought.latent, self.cfg.noise * torch.rand(len(thought.latent), 1, device=thought.latent.device)
-        noisy = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], blur) + self.cfg.noise * torch.randn_like(z)
-        memory, mask = self.decoder.memory(thought._replace(latent=noisy))
+        z = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], blur) + self.cfg.noise * torch.randn_like(z)
         said = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)                        # (B, A): BOS, then the answer
-        states = self.decoder(said, memory, mask)                                       # (B, A, C)
+        states = self.decoder(said, *self.decoder.memory(thought._replace(latent=z), self.cfg.memory_drop))  # (B, A, C)
         logits = self.decoder.token_head(states)                                        # (B, A, V)
         token = F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), ignore_index=self.cfg.pad)
         latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)  # at BOS: no word leaks in
