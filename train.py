@@ -349,13 +349,14 @@ def open_run(cfg, phases):
                          f"{step} of {steps}: run `python train.py --resume --out={out}` first")
     return checkpoint
 
-def run(cfg):
+def run(cfg, corpus=None):
     """Run the phases that cfg names: what the command line calls, and an experiment too, of which an arm is a Config.
+    corpus: the one that cfg names, if it has been read already, or changed by an experiment.
     Returns the newest value of every column of metrics.csv, as a dict. ValueError where cfg asks what can't be."""
     out, phases = Path(cfg.out), PHASES if cfg.phase == "all" else (cfg.phase,)
     checkpoint = open_run(cfg, phases)
     device, dtype = pick_device(cfg)
-    corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]) if checkpoint else None)
+    corpus = corpus or data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]) if checkpoint else None)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has read: "
                          "take another --out")

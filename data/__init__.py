@@ -195,13 +195,17 @@ class Questions:
         return torch.tensor([i for i, row in enumerate(self.rows) if row.split in splits
                              and phrasing in (None, row.phrasing)], dtype=torch.long, device=self.tokens.device)
 
+    def pick(self, kept):
+        """The same with some of the questions, by number (n,)."""
+        part = copy.copy(self)
+        part.rows = [self.rows[i] for i in kept.tolist()]
+        part.tokens, part.answer_of, part.rivals = self.tokens[kept], self.answer_of[kept], self.rivals[kept]
+        return part
+
     def only(self, phrasing):
         """The same with the questions of one phrasing, if there are any: a quick look between two full evaluations."""
-        part, kept = copy.copy(self), self.where("DEC", "LAT", "TXT", "NEVER", phrasing=phrasing)
-        if len(kept):
-            part.rows = [self.rows[i] for i in kept]
-            part.tokens, part.answer_of, part.rivals = self.tokens[kept], self.answer_of[kept], self.rivals[kept]
-        return part
+        kept = self.where("DEC", "LAT", "TXT", "NEVER", phrasing=phrasing)
+        return self.pick(kept) if len(kept) else self
 
 
 def read_vectors(path, answers):
