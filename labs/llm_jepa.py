@@ -1,9 +1,11 @@
 """
 LLM-JEPA on real pairs: does a latent term between two views help a language model, and by more than learning to stop?
 
-    python data/nlrx/prepare.py                                     the pairs: descriptions and regular expressions
-    python -m labs.llm_jepa --seeds=5 --arms="1000,1000 latent"     two arms; without --arms all of them: hours
-    python -m labs.llm_jepa --fast                                  does it run?
+    python data/nlrx/prepare.py                             the pairs: descriptions and regular expressions
+    python -m labs.llm_jepa --arms=map                      lambda x k, 3 seeds: what the other arms take the best of
+    python -m labs.llm_jepa --arms=square --seeds=5         EOS x lambda, by number of pairs
+    python -m labs.llm_jepa                                 these and all others: hours on a CPU
+    python -m labs.llm_jepa --fast                          does it run?
 
 A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex. LLM-JEPA (2025) adds
 lambda * d(g(z_text), z_code): z is what the model makes of one view alone, its last state at the view's last token, and
@@ -11,10 +13,12 @@ g guesses the regex's z from the description's. The published gain, .54 -> .61 f
 whose loss never contains EOS: so each arm is run with EOS in the loss and without, and wrong answers are sorted.
 
 Expected before the first run: with EOS no gain at 8,000 pairs, a small one below; without EOS no exact match at all,
-whatever lambda is, as from random weights nothing else teaches to stop: there the prefix match is what to compare.
+whatever lambda is, as from random weights nothing else teaches to stop: there the prefix match is what to compare. The
+map is a plateau. What people said is no better a second view than the regex.
 
 Arms of a size share pairs, batches, steps and learning rate, tuned for lambda = 0 on training pairs held out; a seed
-draws pairs and weights. Lambda and k are to be chosen by the column dev. The table is no model: the commonest reading.
+draws pairs and weights. Lambda and k are the map's best by its column dev, and no test pair is looked at for that. The
+table is no model: the commonest reading of a sentence.
 """
 import dataclasses
 import json
@@ -33,7 +37,8 @@ import evaluate
 import tjepa
 import train
 from data.nlrx.prepare import leaked, majority
-from labs.arms import main, publish, run_arms, table
+from labs import controls
+from labs.arms import main, markdown, publish, run_arms, table
 from labs.collapse import read_run
 from labs.measures import rankme
 
@@ -55,6 +60,7 @@ class Config(train.Config):
     latent: float = 0.0             # lambda, the weight of the latent term; 0 is a plain GPT, and no view is read
     k: int = 0                      # predictor tokens at the end of the description's view; 0: g is the identity
     mlp: bool = False               # g ends in an MLP
+    view: str = "regex"             # regex | people: what the description is compared with; people said it (synth only)
     distance: str = "cosine"        # cosine | mse | infonce
     stop_gradient: bool = False     # keeps the regex's view from coming towards the guess; the authors' code lets it
     latent_drop: float = 0.0        # share of the steps without the latent term, drawn by chance
@@ -80,16 +86,25 @@ def draw(pairs, size, seed):
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:size]
     return [pool[i] for i in order], held
 
-def vocabulary(pairs):
-    """A tokenizer of the atoms that occur twice; any other falls apart into bytes."""
-    atoms = Counter(atom for pair in pairs for text in (" " + pair[0], pair[1]) for atom in re.findall(ATOMS, text))
+def views_of(cfg, pairs):
+    """The texts of n pairs, by view; what people said of the same regex only where the latent term reads it."""
+    views = dict(description=[" " + text for text, _ in pairs], regex=[regex for _, regex in pairs])
+    if cfg.view == "people":
+        said = {text: other for part in ("train", "test") for text, other, _ in read(f"views_{part}")}
+        views["people"] = [" " + said[text] for text, _ in pairs]
+    return views
+
+def vocabulary(views):
+    """A tokenizer of the atoms that occur twice in the texts of all views; any other falls apart into bytes."""
+    atoms = Counter(atom for texts in views.values() for text in texts for atom in re.findall(ATOMS, text))
     ranks = [bytes([byte]) for byte in range(256)]
     return data.Tokenizer(ranks + sorted({atom.encode() for atom, n in atoms.items() if n > 1} - set(ranks)), ATOMS)
 
-def pack(tokenizer, pairs, cfg):
-    """Pairs as ids, padded: descriptions (n, T), regexes (n, R)."""
-    return (data.pack(tokenizer, [" " + text for text, _ in pairs], cfg.block_size, "--block_size"),
-            data.pack(tokenizer, [regex for _, regex in pairs], cfg.answer_size - 1, "--answer_size - 1"))
+def pack(tokenizer, views, cfg):
+    """The texts of each view as ids, padded: (n, T) each."""
+    limits = dict.fromkeys(views, (cfg.block_size, "--block_size")) | dict(
+        regex=(cfg.answer_size - 1, "--answer_size - 1"))
+    return {name: data.pack(tokenizer, texts, *limits[name]) for name, texts in views.items()}
 
 def join(pad, *parts):
     """Parts end to end -> (B, longest): ids (B, T), and single ids for all rows. Padding moves to the right."""
@@ -103,93 +118,66 @@ def places(tokens):
     return torch.arange(tokens.size(1), device=tokens.device)
 
 # -- the language model ------------------------------------------------------------------------------------------------
-class GPT(nn.Module):
-    """Decoder-only, of T-JEPA's blocks. [MASK] is the predictor token: something is to be guessed here."""
-    init_weights = tjepa.TJEPA.init_weights
+class GPT(controls.GPT):
+    """The control's GPT with LLM-JEPA's latent term. [MASK] is the predictor token: something is to be guessed here.
+    A batch is a dict, view -> ids (B, T), padded on the right."""
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg, C = cfg, cfg.n_embd
-        self.embed = nn.Embedding(cfg.vocab_size, C)
-        self.blocks = nn.ModuleList(tjepa.Block(C, cfg.n_head) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(C, bias=False)
-        longest = cfg.block_size + cfg.answer_size + 2
-        self.register_buffer("rope", tjepa.rotary(longest, C // cfg.n_head), persistent=False)
-        self.apply(self.init_weights)
+        super().__init__(cfg, cfg.block_size + cfg.answer_size + 2)
+        C = cfg.n_embd
         # last, so that an arm without it starts from the same weights
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)) if cfg.mlp else nn.Identity()
         self.mlp.apply(self.init_weights)
 
-    def trained_in(self, phase):
-        """All of it."""
-        return list(self.children())
-
-    def forward(self, tokens, positions, mask=None, caches=None):
-        """tokens (B, T) at positions (T,) -> states (B, T, C). mask: bool (T, T), without it causal."""
-        x, rope = self.embed(tokens), self.rope[positions]                              # (B, T, C), (T, hs/2)
-        for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
-            x = block(x, rope, mask=mask, causal=mask is None, cache=cache)
-        return self.norm(x)
-
-    def say(self, states):
-        """Logits (..., V) of the next token; the head is the embedding."""
-        return F.linear(states, self.embed.weight).float()
-
-    def token_loss(self, descriptions, regexes, progress):
+    def token_loss(self, batch, progress):
         """Cross-entropy of the regex after its description, and of EOS while it counts. progress: share of the run."""
         cfg = self.cfg
-        tokens = join(cfg.pad, cfg.bos, descriptions, SEP, regexes, cfg.eos)                            # (B, T)
-        states, following = self(tokens, places(tokens))[:, :-1], tokens[:, 1:]
+        tokens = join(cfg.pad, cfg.bos, batch["description"], SEP, batch["regex"], cfg.eos)             # (B, T)
+        states, following = self.states(tokens)[:, :-1], tokens[:, 1:]                  # (B, T-1, C), (B, T-1)
         asked = (tokens == SEP).cumsum(1)[:, :-1].bool() & (following != cfg.pad)                       # (B, T-1)
         if progress >= cfg.eos_in_loss:
             asked &= following != cfg.eos
         return F.cross_entropy(self.say(states[asked]), following[asked])
 
-    def views(self, descriptions, regexes):
-        """What the model makes of each view alone: g(z_text), z_code (B, C). Both are read in one pass, side by side in
-        a row: no token of one sees the other, and positions start again (rotary ones are relative: they need not)."""
+    def views(self, batch):
+        """What the model makes of each of two views alone: g(z_text), z_code (B, C). Both are read in one pass, side by
+        side in a row: no token of one sees the other, and positions start again (rotary ones are relative: they need
+        not)."""
         pad, bos, mask = self.cfg.pad, self.cfg.bos, self.cfg.mask
-        text, code = join(pad, bos, descriptions, *[mask] * self.cfg.k), join(pad, bos, regexes)
+        text, code = join(pad, bos, batch["description"], *[mask] * self.cfg.k), join(pad, bos, batch[self.cfg.view])
         both, split = torch.cat((text, code), dim=1), text.size(1)                                      # (B, T)
         positions, second = torch.cat((places(text), places(code))), places(both) >= split              # (T,)
         sees = (second[:, None] == second) & (positions[:, None] >= positions)                          # (T, T)
-        states, rows = self(both, positions, sees), torch.arange(len(both), device=both.device)         # (B, T, C)
+        states, rows = self.states(both, positions, sees), torch.arange(len(both), device=both.device)  # (B, T, C)
         z_text = states[rows, (text != pad).sum(1) - 1]                                                 # (B, C)
         z_code = states[rows, (code != pad).sum(1) - 1 + split]
         return self.mlp(z_text).float(), z_code.float()
 
-    def latent_loss(self, descriptions, regexes):
+    def latent_loss(self, batch):
         """d(g(z_text), z_code)."""
-        guess, target = self.views(descriptions, regexes)
+        guess, target = self.views(batch)
         target = target.detach() if self.cfg.stop_gradient else target
         if self.cfg.distance == "cosine":
             return 1 - F.cosine_similarity(guess, target).mean()
         every = torch.ones(len(guess), dtype=torch.bool, device=guess.device)
         return tjepa.latent_distance(guess, target, every, self.cfg.distance)
 
-    def loss(self, descriptions, regexes, progress):
-        """CE + lambda * d. descriptions (B, T), regexes (B, R) -> (loss, stats)."""
-        token, latent = self.token_loss(descriptions, regexes, progress), self.cfg.latent
+    def loss(self, batch, progress):
+        """CE + lambda * d -> (loss, stats)."""
+        token, latent = self.token_loss(batch, progress), self.cfg.latent
         if not latent or torch.rand(()) < self.cfg.latent_drop:     # then the views are not read: half the work
             return token, dict(token=token.detach())
-        distance = self.latent_loss(descriptions, regexes)
+        distance = self.latent_loss(batch)
         return token + latent * distance, dict(token=token.detach(), latent=distance.detach())
 
-    @torch.no_grad()
-    def generate(self, descriptions):
-        """Greedy, until EOS or answer_size: descriptions (B, T), without padding -> ids (B, R), PAD after EOS."""
-        cfg = self.cfg
-        tokens = join(cfg.pad, cfg.bos, descriptions, SEP)
-        positions, ended = places(tokens), tokens[:, 0] == cfg.eos                                      # (T,), (B,)
-        caches, said = [({}, {}) for _ in self.blocks], []
-        while len(said) < cfg.answer_size and not ended.all():
-            token = self.say(self(tokens, positions, caches=caches)[:, -1]).argmax(-1).masked_fill(ended, cfg.pad)
-            said, ended = said + [token], ended | (token == cfg.eos)
-            tokens, positions = token[:, None], positions[-1:] + 1
-        return torch.stack(said, dim=1)
+    def write(self, descriptions):
+        """Greedy, answer_size tokens: descriptions (B, T), without padding -> ids (B, R), PAD after EOS."""
+        said = self.generate(join(self.cfg.pad, self.cfg.bos, descriptions, SEP), self.cfg.answer_size)
+        ended = (said == self.cfg.eos).cumsum(1)                                                        # (B, R)
+        return said.masked_fill(F.pad(ended[:, :-1], (1, 0)) > 0, self.cfg.pad)     # EOS itself stays
 
 class EncoderDecoder(nn.Module):
     """T-JEPA's encoder and decoder, trained together by cross-entropy: the decoder reads the latents of all tokens."""
-    init_weights, speak, trained_in = tjepa.TJEPA.init_weights, tjepa.TJEPA.speak, GPT.trained_in
+    init_weights, speak, trained_in = tjepa.TJEPA.init_weights, tjepa.TJEPA.speak, controls.GPT.trained_in
 
     def __init__(self, cfg):
         super().__init__()
@@ -198,20 +186,20 @@ class EncoderDecoder(nn.Module):
 
     def read(self, descriptions):
         """(B, T) -> what the decoder attends to."""
-        real = descriptions != self.cfg.pad
+        real = descriptions != self.cfg.pad                                                             # (B, T)
         return tjepa.Thought(None, self.encoder(descriptions, places(descriptions), real[:, None, None]), real)
 
-    def loss(self, descriptions, regexes, progress):
+    def loss(self, batch, progress):
         """Cross-entropy of the regex and its EOS -> (loss, stats)."""
-        cfg, memory = self.cfg, self.decoder.memory(self.read(descriptions))
-        words = join(cfg.pad, regexes, cfg.eos)                                                         # (B, R)
+        cfg, memory = self.cfg, self.decoder.memory(self.read(batch["description"]))
+        words = join(cfg.pad, batch["regex"], cfg.eos)                                                  # (B, R)
         states = self.decoder(F.pad(words[:, :-1], (1, 0), value=cfg.bos), *memory)                     # (B, R, C)
-        logits = self.decoder.token_head(states).float().flatten(0, 1)
+        logits = self.decoder.token_head(states).float().flatten(0, 1)                                  # (B*R, V)
         token = F.cross_entropy(logits, words.flatten(), ignore_index=cfg.pad)
         return token, dict(token=token.detach())
 
-    def generate(self, descriptions):
-        """As `GPT.generate`."""
+    def write(self, descriptions):
+        """As `GPT.write`."""
         return torch.stack(list(self.speak(self.read(descriptions))), dim=1)
 
 # -- what an arm is judged by ------------------------------------------------------------------------------------------
@@ -239,23 +227,24 @@ def alike(guess, target, regexes):
     return dict(paired=cosine.diagonal().mean().item(), unpaired=cosine[~same].mean().item(), r1=best.item(),
                 r1_chance=same.float().mean().item(), rank_text=rankme(guess), rank_code=rankme(target))
 
+@torch.no_grad()
 def write(run, tokenizer, descriptions):
     """What run.model writes for each of n descriptions: n strings. Equally long ones go together: nothing is padded."""
     ids, said = tokenizer.encode_batch([" " + text for text in descriptions]), [""] * len(descriptions)
     for length in {len(row) for row in ids}:
         which = [i for i, row in enumerate(ids) if len(row) == length]
         with run.autocast():
-            rows = run.model.generate(torch.tensor([ids[i] for i in which], device=run.device))
+            rows = run.model.write(torch.tensor([ids[i] for i in which], device=run.device))
         for i, row in zip(which, rows.tolist()):
             said[i] = tokenizer.decode(row)
     return said
 
 # -- an arm ------------------------------------------------------------------------------------------------------------
 def learn_tokens(cfg, taught):
-    """Train one of the models above -> (model, descriptions -> what it writes, pairs -> their two latents)."""
+    """Train one of the models above -> (model, descriptions -> what it writes, pairs -> figures of what is in it)."""
     device, dtype = train.pick_device(cfg)
-    tokenizer = vocabulary(taught)
-    descriptions, regexes = (ids.to(device) for ids in pack(tokenizer, taught, cfg))
+    tokenizer = vocabulary(views := views_of(cfg, taught))
+    known = {name: ids.to(device) for name, ids in pack(tokenizer, views, cfg).items()}                 # (n, T) each
     torch.manual_seed(cfg.seed)
     kind = GPT if cfg.model == "gpt" else EncoderDecoder
     model = kind(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)).to(device)
@@ -263,14 +252,16 @@ def learn_tokens(cfg, taught):
 
     def loss_at(progress):
         """Of a batch, which is drawn first: all arms of a seed see the same ones."""
-        which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,))
-        return model.loss(join(model.cfg.pad, descriptions[which]), regexes[which], progress)
+        which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,)).to(device)
+        return model.loss({name: join(model.cfg.pad, ids[which]) for name, ids in known.items()}, progress)
     train.fit(run, "speak", loss_at, lambda whole: {}, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
 
-    def latents(pairs):
-        """g(z_text) and z_code of n pairs: (n, C) each."""
-        return model.views(*(ids.to(device) for ids in pack(tokenizer, pairs, cfg)))
-    return model, lambda texts: write(run, tokenizer, texts), latents if cfg.model == "gpt" else None
+    def look(pairs):
+        """How alike its views of n pairs are, and its cross-entropy of their regexes, EOS never counted."""
+        batch = {name: ids.to(device) for name, ids in pack(tokenizer, views_of(cfg, pairs), cfg).items()}
+        return alike(*model.views(batch), [regex for _, regex in pairs]) | dict(
+            token_loss=model.token_loss(batch, 1.0).item())
+    return model, lambda texts: write(run, tokenizer, texts), look if cfg.model == "gpt" else None
 
 def learn_t_jepa(cfg, taught):
     """The same for T-JEPA: it reads all pairs (phase 1), learns description -> latent of the regex, then to say it."""
@@ -289,11 +280,12 @@ def learn_t_jepa(cfg, taught):
     def write(texts):
         """Think, then speak."""
         return evaluate.say(run, evaluate.think_all(run, ids(texts)))
-    def latents(pairs):
-        """The thoughts, and the latents that they should be: (n, C) each."""
-        regexes = model.concept(ids([" " + regex for _, regex in pairs]))
-        return evaluate.think_all(run, ids([text for text, _ in pairs])).latent, train.standardise(model, regexes)
-    return model, write, latents
+    def look(pairs):
+        """How alike the thoughts are to the latents that they should be."""
+        texts, regexes = zip(*pairs)
+        target = train.standardise(model, model.concept(ids([" " + regex for regex in regexes])))       # (n, C)
+        return alike(evaluate.think_all(run, ids(list(texts))).latent, target, regexes)
+    return model, write, look
 
 def learn_table(cfg, taught):
     """The same for no model at all."""
@@ -303,53 +295,124 @@ def learn_table(cfg, taught):
 def measure(cfg):
     """Train an arm and judge it on the test pairs: a dict of figures. said.json keeps what it wrote."""
     known, test = read(f"{cfg.pairs}_train"), read(f"{cfg.pairs}_test")[:cfg.tests]
-    taught, held = draw(known, cfg.size, cfg.seed)
+    (taught, held), leaks = draw(known, cfg.size, cfg.seed), leaked(known, test)    # of the whole file: one test set
+    held = held[:cfg.tests]
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    model, write, latents = {"t-jepa": learn_t_jepa, "table": learn_table}.get(cfg.model, learn_tokens)(cfg, taught)
-    figures = dict(minutes=(time.perf_counter() - started) / 60)
-    figures["million"] = sum(p.numel() for name, p in model.named_parameters() if "target" not in name) / 1e6
-    said = write([text for text, _ in test])
+    model, write, look = {"t-jepa": learn_t_jepa, "table": learn_table}.get(cfg.model, learn_tokens)(cfg, taught)
+    figures = dict(minutes=(time.perf_counter() - started) / 60,
+                   million=sum(p.numel() for name, p in model.named_parameters() if "target" not in name) / 1e6,
+                   term=f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none")
+    said = write([text for text, _ in test + held])                                 # at once: fewer, larger batches
     (Path(cfg.out) / "said.json").write_text(json.dumps(said))
-    figures |= score(said, test, leaked(known, test))       # leaks of the whole file: one test set for every size
-    if held := held[:cfg.tests]:
-        figures["dev"] = score(write([text for text, _ in held]), held, [False] * len(held))["exact"]
+    figures |= score(said[:len(test)], test, leaks)
+    if held:
+        figures["dev"] = score(said[len(test):], held, [False] * len(held))["exact"]
     with torch.no_grad():
-        return figures | (alike(*latents(test), [regex for _, regex in test]) if latents else {})
+        return figures | (look([pair for pair, leak in zip(test, leaks) if not leak]) if look else {})
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 STEPS = {250: 400, 1000: 600, 8000: 1200}
-BEST, NO_EOS = dict(latent=1.0, k=1), dict(eos_in_loss=0.0)     # lambda and k: to be the best of MAP by dev
-CASES = {"": {}, " latent": BEST, " no-EOS": NO_EOS, " latent no-EOS": BEST | NO_EOS, " table": dict(model="table")}
 
 def arm(size, **change):
     """An arm with the steps of its size."""
     return Config(**dict(size=size, speak_steps=STEPS[size]) | change)
 
-SQUARE = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in CASES.items()}
-SQUARE |= {f"1000{case} EOS-at-first": arm(1000, eos_in_loss=0.5, **CASES[case]) for case in ("", " latent")}
 MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k) for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
-WAYS = {name: arm(1000, **BEST | change) for name, change in {
-    "mse": dict(distance="mse"), "infonce": dict(distance="infonce"), "stop-gradient": dict(stop_gradient=True),
-    "MLP": dict(k=0, mlp=True), "drop=.5": dict(latent=2 * BEST["latent"], latent_drop=0.5),
-    # two views have the tokens of the packed row, at k = 1 exactly: the latent term doubles the work of a step
-    "twice the steps": dict(latent=0.0, k=0, speak_steps=2 * STEPS[1000])}.items()}
-OTHERS = {f"turk{case}": arm(8000, pairs="turk", **CASES[case]) for case in ("", " latent", " table")}
-OTHERS |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
-                                          n_embd=144, top_k=1) for size in (1000, 8000)}
-OTHERS |= {f"8000 t-jepa {memory}": arm(8000, model="t-jepa", memory=memory, n_embd=104, block_size=64, vocab_size=512,
-    stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, weight_decay=0.05, distill_steps=1000)
-    for memory in ("thought", "both")}
 
+def cases(best):
+    """What is done at each size; best: lambda and k, a dict."""
+    no_eos = dict(eos_in_loss=0.0)
+    return {"": {}, " latent": best, " no-EOS": no_eos, " latent no-EOS": best | no_eos, " table": dict(model="table")}
+
+def square(best):
+    """EOS x lambda by number of pairs, the table that is no model, and a plain GPT with the latent arms' compute."""
+    arms = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in cases(best).items()}
+    # two views have the tokens of the packed row, at k = 1 exactly: the latent term doubles the work of a step
+    arms |= {f"{size} twice the steps": arm(size, speak_steps=2 * steps) for size, steps in STEPS.items()}
+    return arms | {f"1000{case} EOS-at-first": arm(1000, **cases(best)[case] | dict(eos_in_loss=0.5))
+                   for case in ("", " latent")}
+
+def ways(best):
+    """What else may be a distance, a predictor, a view; and if the shared learning rate favours one side."""
+    changes = {"mse": dict(distance="mse"), "infonce": dict(distance="infonce"),
+               "stop-gradient": dict(stop_gradient=True), "MLP": dict(k=0, mlp=True), "people": dict(view="people"),
+               "drop=.5": dict(latent=2 * best["latent"], latent_drop=0.5)}
+    arms = {name: arm(1000, **best | change) for name, change in changes.items()}
+    return arms | {f"1000{case} lr={lr:g}": arm(1000, speak_lr=lr, **cases(best)[case])
+                   for lr in (1e-3, 4e-3) for case in ("", " latent")}
+
+def others(best):
+    """Descriptions by people; and other models, of about the same size."""
+    arms = {f"turk{case}": arm(8000, pairs="turk", **cases(best)[case]) for case in ("", " latent", " table")}
+    arms |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
+                                            n_embd=144, top_k=1) for size in (1000, 8000)}
+    jepa = arm(8000, model="t-jepa", n_embd=104, block_size=64, vocab_size=512, stop_gradient=True, qa_batch_size=128,
+               speak_lr=1e-3, weight_decay=0.05, distill_steps=1000)
+    return arms | {f"8000 t-jepa {name}": dataclasses.replace(jepa, **change) for name, change in {
+        "thought": dict(memory="thought"), "both": dict(memory="both"),
+        "both without phase 1": dict(memory="both", pretrain_steps=0)}.items()}
+
+def groups_of(best):
+    """Name of a group of arms -> its arms."""
+    return dict(map=MAP, square=square(best), ways=ways(best), others=others(best))
+
+def best_of_map(rows, out):
+    """Lambda and k of the arm of the map that is best on training pairs held out, and a sentence that says so."""
+    dev = {name: [row["dev"] for row in rows if row["arm"] == name] for name in MAP}
+    if missing := [name for name, values in dev.items() if not values]:
+        raise ValueError(f"--out={out} has no result of the arm {missing[0]}, and lambda and k are chosen by the map: "
+                         f"run `python -m labs.llm_jepa --arms=map --out={out}` first")
+    mean = {name: statistics.mean(values) for name, values in dev.items()}
+    best = max(mean, key=mean.get)
+    return dict(latent=MAP[best].latent, k=MAP[best].k), (
+        f"The latent arms take {best}, of the map the best on held-out training pairs: dev {mean[best]:.3f}, "
+        f"{len(dev[best])} seeds; the worst has {min(mean.values()):.3f}.")
+
+# -- the tables --------------------------------------------------------------------------------------------------------
 ANSWERS = {"exact match": "exact", "prefix match": "prefix", "over-generation": "over", "same length": "same_length",
-           "other": "other", "dev": "dev", "leaked": "exact_leaked", "minutes": "minutes", "million weights": "million"}
-LATENTS = {"cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1", "chance": "r1_chance",
-           "rank of text": "rank_text", "of code": "rank_code"}
-TABLES = {"By size; leaked: test descriptions that occur in the training file, counted nowhere else": (SQUARE, ANSWERS),
-          "Their latents": (SQUARE, LATENTS), "1,000 pairs: lambda and k": (MAP, ANSWERS | LATENTS),
-          "1,000 pairs: distances, predictors, controls": (WAYS, ANSWERS | LATENTS),
-          "8,000 pairs: descriptions by people, and other models": (OTHERS, ANSWERS | LATENTS)}
-ARMS = SQUARE | MAP | WAYS | OTHERS
+           "other": "other", "dev": "dev", "leaked": "exact_leaked", "latent term": "term", "million weights": "million",
+           "minutes": "minutes"}
+LATENTS = {"cross-entropy": "token_loss", "cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1",
+           "chance": "r1_chance", "rank of text": "rank_text", "of code": "rank_code"}
+BOTH = {name: ANSWERS[name] for name in ("latent term", "exact match", "prefix match", "dev")} | LATENTS
+
+def gains(rows):
+    """What the latent term adds to an arm that is otherwise the same, seed by seed: markdown."""
+    of = {(row["arm"], row["seed"]): row for row in rows}
+    lines = [["with", "without", "exact match", "prefix match", "over-generation"]]
+
+    def gain(arm, control, name):
+        """Mean ± standard deviation of the differences, and how many seeds are above 0."""
+        found = [row[name] - of[control, seed][name] for (other, seed), row in of.items()
+                 if other == arm and (control, seed) in of]
+        if not found:
+            return "not measured"
+        spread = f" ± {statistics.stdev(found):.3f}" if found[1:] else ""
+        return f"{statistics.mean(found):+.3f}{spread} ({sum(x > 0 for x in found)} of {len(found)} seeds)"
+    pairs = [(f"{size} latent{tail}", f"{size}{other}") for size in STEPS for tail, other in (
+        ("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS"))]
+    for arm, control in (*pairs, ("1000 latent EOS-at-first", "1000 EOS-at-first"), ("turk latent", "turk")):
+        lines.append([arm, control, *(gain(arm, control, name) for name in ("exact", "prefix", "over"))])
+    return markdown(lines)
+
+def text_of(rows, best, chosen):
+    """All tables, markdown. Arms of the square stand again where others are compared with them."""
+    arms, other = square(best), others(best)
+    def inside(arms):
+        """Those that have latents to look at."""
+        return {name: cfg for name, cfg in arms.items() if cfg.model in ("gpt", "t-jepa")}
+    parts = {"By size; leaked: test descriptions that occur in the training file, counted nowhere else":
+             table(rows, arms, ANSWERS),
+             "What the latent term adds, by seed": gains(rows),
+             "Inside; cross-entropy: of a test regex's token, EOS never counted": table(rows, inside(arms), LATENTS),
+             "1,000 pairs: lambda and k; 1000 is lambda 0": table(rows, {"1000": None} | MAP, BOTH),
+             "1,000 pairs: distances, predictors, views, learning rates":
+             table(rows, {"1000": None, "1000 latent": None} | ways(best), BOTH),
+             "Others: descriptions by people, and other models of about the size":
+             table(rows, {"8000": None, "8000 latent": None, "8000 table": None} | other, ANSWERS),
+             "Inside them": table(rows, inside(other), LATENTS)}
+    return "\n\n".join([chosen, *(f"{title}:\n\n{part}" for title, part in parts.items())])
 
 def draw_square(rows, path):
     """Exact and prefix match by number of pairs, mean and standard deviation over the seeds."""
@@ -357,7 +420,7 @@ def draw_square(rows, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, dict(exact="exact match", prefix="prefix match: exact, or too long").items()):
-        for i, case in enumerate(CASES):
+        for i, case in enumerate(("", " latent", " no-EOS", " latent no-EOS", " twice the steps", " table")):
             at = {size * 1.03 ** i: [row[name] for row in rows if row["arm"] == f"{size}{case}"] for size in STEPS}
             x, y = list(filter(at.get, at)), list(filter(None, at.values()))
             axis.errorbar(x, list(map(statistics.mean, y)), [statistics.stdev(v) if v[1:] else 0 for v in y], capsize=3,
@@ -367,17 +430,28 @@ def draw_square(rows, path):
     figure.savefig(path, dpi=110)
 
 def llm_jepa(flags):
-    """Run the arms, write the tables and the figure."""
-    arms = ARMS
+    """Run the map, choose lambda and k by it, run the other arms; write the tables and the figure. --arms takes names
+    of groups too."""
+    few = {}
     if flags.fast:
         flags = dataclasses.replace(flags, seeds=1)
-        few = dict(n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, size=60, tests=20,
+        few = dict(n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, size=60, tests=6,
                    batch_size=8, qa_batch_size=8, pretrain_steps=2, distill_steps=2, speak_steps=2)
-        arms = {name: dataclasses.replace(cfg, **few) for name, cfg in ARMS.items()}
-    rows = run_arms("llm_jepa", arms, flags, measure)
+    groups = groups_of(dict(latent=1.0, k=1))       # what is best changes no name
+    known = [name for arms in groups.values() for name in arms]
+    names = [name for word in (flags.arms.split(",") if flags.arms else groups) for name in groups.get(word, [word])]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join([*groups, *known])}")
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+
+    def run_those(*groups):
+        """Run the arms of some groups that were asked for; rows of all that is on disk."""
+        arms = {name: dataclasses.replace(cfg, **few) for arms in groups for name, cfg in arms.items() if name in names}
+        return run_arms("llm_jepa", arms, dataclasses.replace(flags, arms=""), measure)
+    best, chosen = best_of_map(run_those(MAP), flags.out)
+    rows = run_those(square(best), ways(best), others(best))
     draw_square(rows, path := Path(flags.out) / f"llm_jepa{'-fast' * flags.fast}.png")
-    text = "\n\n".join(f"{title}:\n\n{table(rows, part, columns)}" for title, (part, columns) in TABLES.items())
-    publish("llm_jepa", rows, text, flags.table)
+    publish("llm_jepa", rows, text_of(rows, best, chosen), flags.table)
     print(f"figure: {path}")
 
 
