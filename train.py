@@ -302,28 +302,37 @@ def distill(run, questions, table):
         return run.model.distill_loss(questions.tokens[which], table[questions.answer_of[which]])
     return loss_at, lambda whole: evaluate.recall(run, questions if whole else quick, table)
 
-def speak(run, questions, table):
-    """Phase 3: (loss_at, measure). DEC facts in trained wordings, and echo: the latent of an answer, and its words.
+def lessons(run, questions, table):
+    """What phase 3 draws from, DEC questions in trained wordings first, then echoes (the latent of an answer, and its
+    words): what is read (n, T), its `Thought`s, words to say (n, A), latents to give (n, D); draw() -> rows of a batch.
     The encoder is frozen, so all that the decoder reads is computed once, before the loop."""
-    cfg, pad = run.cfg, run.corpus.tokenizer.pad
-    asked, quick = questions.where("DEC", phrasing="trained"), questions.only("heldout")
-    # one pool, the questions first: what is read, the latent it should give, and the words to say. echo is of answers
-    # alone: with spans of plain text in half of it, LAT facts in new phrasings were said right .65 of the time, not .73
+    cfg, pad, asked = run.cfg, run.corpus.tokenizer.pad, questions.where("DEC", phrasing="trained")
+    # echo is of answers alone: with spans of plain text in half of it, LAT facts in new phrasings were said right .65
+    # of the time, not .73
     heard, answers = questions.answer_tokens, questions.answer_of[asked]
     texts = pad_sequence([*questions.tokens[asked], *heard], batch_first=True, padding_value=pad)
     pool = evaluate.think_all(run, texts)
     pool = pool._replace(latent=torch.cat((pool.latent[:len(asked)], table)))
-    latents = torch.cat((table[answers], table))
     words = torch.nn.functional.pad(torch.cat((heard[answers], heard)), (0, 1), value=pad)
     words = words.scatter(1, (words != pad).sum(1, keepdim=True), run.corpus.tokenizer.eos)
+
+    def draw():
+        """Rows of questions and of echoes, drawn anew."""
+        n = cfg.qa_batch_size // cfg.accum
+        n_echo = round(n * cfg.echo)
+        return torch.cat((torch.randint(len(asked), (n - n_echo,)),
+                          len(asked) + torch.randint(len(heard), (n_echo,))))
+    return texts, pool, words, torch.cat((table[answers], table)), draw
+
+def speak(run, questions, table):
+    """Phase 3: (loss_at, measure). Speaks what `lessons` draws."""
+    cfg, quick = run.cfg, questions.only("heldout")
+    _, pool, words, latents, draw = lessons(run, questions, table)
     asks = {whole: (some, evaluate.think_all(run, some.tokens)) for whole, some in ((True, questions), (False, quick))}
 
     def loss_at(progress):
         """Questions and echoes, drawn anew."""
-        n = cfg.qa_batch_size // cfg.accum
-        n_echo = round(n * cfg.echo)
-        which = torch.cat((torch.randint(len(asked), (n - n_echo,)), len(asked) + torch.randint(len(heard), (n_echo,))))
-        alpha = cfg.alpha_start * 0.5 * (1 + math.cos(math.pi * progress))
+        which, alpha = draw(), cfg.alpha_start * 0.5 * (1 + math.cos(math.pi * progress))
         loss, stats = run.model.speak_loss(pool.pick(which), words[which], latents[which], alpha)
         return loss, stats | dict(alpha=alpha)
     return loss_at, lambda whole: evaluate.exact_match(run, *asks[whole])

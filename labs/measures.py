@@ -1,5 +1,6 @@
 """What labs measure of a frozen encoder: what can be read from its latents (probes), how they lie (rank, uniformity),
-how alike two sets of them are (CKA, neighbours), and how much of a target is its own words (content sensitivity).
+how alike two sets of them are (CKA, neighbours), how much of a target is its own words (content sensitivity); and of a
+confidence: does it know when it is wrong?
 
 Latents are matrices, an item a row; figures are floats. None means anything alone: a random-init encoder is a strong
 control, and where chance or a bound is known the docstring gives it.
@@ -169,3 +170,67 @@ def content_sensitivity(model, tokens, spans):
     there = parts.pool.sum(2) > 0                                                                       # (B, S)
     target, moved = (model.forward_target(text, parts)[there] for text in (tokens, swapped))            # (n, C)
     return (1 - tjepa.r_squared(moved, target, torch.ones_like(target[:, 0])).item()) / 2
+
+# -- does a confidence know when it is wrong? --------------------------------------------------------------------------
+def scored(score, right):
+    """The same in float64 and bool on the CPU, (n,) each. ValueError: not one score an item, none at all, or NaN."""
+    score, right = score.detach().cpu().double(), right.detach().cpu().bool()
+    if score.dim() != 1 or score.shape != right.shape or not len(score) or score.isnan().any():
+        raise ValueError(f"scores {tuple(score.shape)}, right {tuple(right.shape)}: one score an item, one item or "
+                         "more, and no NaN")
+    return score, right
+
+def auroc(score, right):
+    """Chance that an item of right (n,) has a higher score (n,) than one that is not; a tie counts half. .5 knows
+    nothing, 1 tells all apart, 0 too, but the wrong way round. ValueError: as in `scored`, or all items are alike."""
+    score, right = scored(score, right)
+    if right.all() or not right.any():
+        raise ValueError("items of one kind only: there is nothing to tell apart")
+    difference = score[right][:, None] - score[~right]                                                  # (n+, n-)
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+def risk_coverage(score, right):
+    """Share of wrong items among the k surest, k = 1 ... n: (n,). Tied items share their errors: the mean over all
+    their orders. ValueError: as in `scored`."""
+    score, right = scored(score, right)
+    values, group = score.unique(return_inverse=True)
+    share = torch.zeros_like(values).index_add(0, group, (~right).double()) / group.bincount()
+    wrong = share[group][score.argsort(descending=True)]                                                # (n,)
+    return wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+def aurc(score, right):
+    """Area under the risk-coverage curve (Geifman & El-Yaniv 2017): mean error of the k surest items, over k. Lower is
+    better; a score that knows nothing has the error rate. Compare it at equal error rates. ValueError: `scored`."""
+    return risk_coverage(score, right).mean().item()
+
+def ece(probability, right, bins=15):
+    """Expected calibration error: mean over items of |share right - mean probability| of their bin, in bins of equal
+    width. 0 is calibrated; always saying p has |p - share right|. ValueError: as in `scored`, or not within 0 .. 1."""
+    probability, right = scored(probability, right)
+    if probability.min() < 0 or probability.max() > 1:
+        raise ValueError("probabilities must lie within 0 and 1: calibrate a score first")
+    where = (probability * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double).index_add(0, where, right.double() - probability)
+    return gap.abs().sum().item() / len(right)
+
+def calibrate(score, right, fold):
+    """Scores (n,) as probabilities of being right (n,): a logistic regression on the score (Platt 1999), fitted on the
+    one half of the items, fold (n,) False or True, and read on the other. ValueError: as in `scored`, an empty half."""
+    score, right = scored(score, right)
+    fold, found = fold.cpu(), torch.empty_like(score)
+    if fold.all() or not fold.any():
+        raise ValueError("both halves need items: what is calibrated must not be judged on itself")
+    for half in (fold, ~fold):
+        middle, unit = score[~half].mean(), score[~half].std(correction=0).clamp(min=1e-9)
+        x, y = (score - middle) / unit, right.double()                                                  # (n,)
+        w = torch.zeros(2, dtype=torch.double, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+        def loss():
+            """Cross-entropy, and a small penalty: where a score tells all apart, the best slope would be infinite."""
+            optimizer.zero_grad()
+            value = F.binary_cross_entropy_with_logits(w[0] * x[~half] + w[1], y[~half]) + 1e-3 * w.square().sum()
+            value.backward()
+            return value
+        optimizer.step(loss)
+        found[half] = torch.sigmoid(w[0] * x[half] + w[1]).detach()
+    return found

@@ -278,3 +278,58 @@ def test_content_sensitivity_of_the_real_thing_is_between_words_and_context():
 def test_bad_input_is_named(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- confidence: cases computed by hand --------------------------------------------------------------------------------
+
+def test_auroc_counts_pairs_and_half_of_the_ties():
+    score, right = torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([True, True, False, False])
+    assert measures.auroc(score, right) == (1 + 1 + 0 + 0.5) / 4       # (3, 2), (3, 1), (1, 2), (1, 1)
+    assert measures.auroc(torch.zeros(4), right) == 0.5 and measures.auroc(-score, right) == 1 - 2.5 / 4
+    with pytest.raises(ValueError, match="one kind"):
+        measures.auroc(score, torch.ones(4))
+
+
+def test_aurc_is_the_mean_risk_over_coverages():
+    score, right = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([True, False, True, False])
+    assert measures.risk_coverage(score, right).tolist() == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4])
+    assert measures.aurc(score, right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert measures.aurc(score, torch.tensor([True, True, False, False])) == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
+
+
+def test_aurc_of_a_score_that_knows_nothing_is_the_error_rate_in_any_order():
+    for right in ([True, True, False, True], [False, True, True, True]):
+        assert measures.aurc(torch.zeros(4), torch.tensor(right)) == pytest.approx(1 / 4)
+
+
+def test_ece_is_the_gap_between_what_is_said_and_what_is_true():
+    probability = torch.tensor([0.9, 0.9, 0.3, 0.3])
+    right = torch.tensor([True, False, False, False])
+    assert measures.ece(probability, right) == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(0 - 0.3)) / 4)
+    assert measures.ece(torch.tensor([0.5, 0.5, 1.0]), torch.tensor([True, False, True])) == pytest.approx(0)
+    # two that err in opposite directions do not cancel unless they share a bin
+    assert measures.ece(torch.tensor([0.0, 1.0]), torch.tensor([True, False])) == 1
+    with pytest.raises(ValueError, match="within 0 and 1"):
+        measures.ece(torch.tensor([1.5]), torch.tensor([True]))
+
+
+def test_calibration_recovers_a_known_slope_and_never_looks_at_the_item_itself():
+    score = cloud(4000, 1)[:, 0] * 3
+    right = torch.rand(4000, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(score + 1)
+    fold = torch.arange(4000) % 2 == 0
+    found = measures.calibrate(score * 7 - 2, right, fold)              # whatever unit the score has
+    assert (found - torch.sigmoid(score.double() + 1)).abs().max() < 0.08 and measures.ece(found, right) < 0.03
+    moved = measures.calibrate(score * 7 - 2, torch.where(torch.arange(4000) == 0, ~right, right), fold)
+    torch.testing.assert_close(moved[fold], found[fold], atol=0, rtol=0)
+    assert not torch.equal(moved[~fold], found[~fold])
+    parted = measures.calibrate(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.arange(4) % 2 == 0)
+    assert parted.isfinite().all() and (parted[:2] < 0.2).all() and (parted[2:] > 0.8).all()
+    with pytest.raises(ValueError, match="both halves"):
+        measures.calibrate(score, right, torch.ones(4000, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("score, right", [(torch.tensor([]), torch.tensor([])), (torch.tensor([1.0]), torch.ones(2)),
+                                          (torch.tensor([math.nan]), torch.ones(1))])
+def test_scores_that_cannot_be_judged_are_refused(score, right):
+    with pytest.raises(ValueError, match="one score an item"):
+        measures.aurc(score, right)
