@@ -101,7 +101,8 @@ def publish(lab, rows, text, path):
     """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""
     print(text)
     if path:
-        commits, devices = (", ".join(sorted({row.get(name, "a CPU") for row in rows})) for name in ("commit", "device"))
+        commits, devices = (", ".join(sorted({row.get(name, "a CPU") for row in rows}))
+                            for name in ("commit", "device"))
         body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit {commits} on "
                 f"{devices}.\n\n"
                 f"{text}\n<!-- /{lab} -->")
