@@ -2,9 +2,8 @@
 LLM-JEPA on real pairs: does a latent term between two views help a language model, and by more than learning to stop?
 
     python data/nlrx/prepare.py                             the pairs: descriptions and regular expressions
-    python -m labs.llm_jepa --arms=map                      lambda x k, 3 seeds: what the other arms take the best of
-    python -m labs.llm_jepa --arms=square --seeds=5         EOS x lambda, by number of pairs
-    python -m labs.llm_jepa                                 these and all others: hours on a CPU
+    python -m labs.llm_jepa                                 the map, lambda x k, and with its best the rest: hours
+    python -m labs.llm_jepa --arms=square --seeds=5         more seeds of one group: map, square, ways or others
     python -m labs.llm_jepa --fast                          does it run?
 
 A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex. LLM-JEPA (2025) adds

@@ -10,13 +10,9 @@ import torch
 from data.nlrx import prepare
 from labs import llm_jepa as lab
 from labs.arms import Flags
+from tests.toy import REGEXES as PAIRS, write_regexes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "nlrx"
-# descriptions of one length do not end in one step
-PAIRS = [(f"lines with {a} {how} {b}", f"({x}){sign}({y})")
-         for how, sign in (("or", "|"), ("and", "&"), ("before", ".*.*"))
-         for a, x in (("a dog", "dog"), ("a number", "[0-9]"), ("a vowel, twice", "[aeiou]{2,}"))
-         for b, y in (("a truck", "truck"), ("a letter", "[A-Z]"), ("anything", "."))]
 TOKENIZER = lab.vocabulary(lab.views_of(lab.Config(), PAIRS))
 SMALL = lab.Config(n_layer=2, n_head=2, n_embd=32, top_k=2, pred_layer=1, pred_embd=16, dec_layer=1, dtype="fp32",
                    qa_batch_size=16, vocab_size=TOKENIZER.vocab_size)
@@ -214,11 +210,8 @@ def test_the_table_takes_the_commonest_reading_and_says_nothing_of_a_new_sentenc
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """PAIRS as a training file of which the last three are held out, and three test pairs; one of those is a leak."""
-    test = [PAIRS[0], ("lines with neither", "."), ("lines with both", "(dog)&(truck)")]
-    views = [(text, f"people: {text}", regex) for text, regex in PAIRS + test]
-    for name, rows in dict(synth_train=PAIRS, synth_test=test, views_train=views, views_test=views).items():
-        (tmp_path / f"{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    """PAIRS as a training file of which the last three are held out, and three test pairs, one of them a leak."""
+    write_regexes(tmp_path)
     monkeypatch.setattr(lab, "FOLDER", tmp_path)
     monkeypatch.setattr(lab, "HELD", 3)
     return tmp_path

@@ -6,6 +6,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+from labs import llm_jepa
+from tests import toy
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
 
@@ -22,6 +25,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name in ("tjepa.py", "train.py", "labs", "data"):       # what a notebook looks for; what it writes stays here
         os.symlink(FOLDER.parent / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    toy.write_regexes(tmp_path)                                 # the real ones are a download
+    monkeypatch.setattr(llm_jepa, "FOLDER", tmp_path)
     code = [source for source, _ in cells(path)]
     assert sum(source.count("FAST = False") for source in code) == 1
     names = {"__name__": "__main__"}

@@ -1,4 +1,4 @@
-"""A world of twelve facts and a model of twenty thousand parameters: whole runs in seconds."""
+"""A world of twelve facts, one of 27 regexes, a model of twenty thousand parameters: whole runs in seconds."""
 import os
 from pathlib import Path
 
@@ -26,3 +26,18 @@ def measure(cfg):
         raise ValueError("no")
     Path(cfg.out).mkdir(parents=True)
     return dict(score=cfg.seed, process=os.getpid())
+
+
+# descriptions of one length do not end in one step
+REGEXES = [(f"lines with {a} {how} {b}", f"({x}){sign}({y})")
+           for how, sign in (("or", "|"), ("and", "&"), ("before", ".*.*"))
+           for a, x in (("a dog", "dog"), ("a number", "[0-9]"), ("a vowel, twice", "[aeiou]{2,}"))
+           for b, y in (("a truck", "truck"), ("a letter", "[A-Z]"), ("anything", "."))]
+
+
+def write_regexes(folder):
+    """The files of data/nlrx: REGEXES to learn from, and three test pairs, the first of which is a leak."""
+    test = [REGEXES[0], ("lines with neither", "."), ("lines with both", "(dog)&(truck)")]
+    for part, pairs in dict(train=REGEXES, test=test).items():
+        for name, rows in dict(synth=pairs, views=[(text, f"people: {text}", regex) for text, regex in pairs]).items():
+            (folder / f"{name}_{part}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
