@@ -403,7 +403,7 @@ def pretraining(flags):
     def run(lab, arms, seeds):
         """Run them on disk or anew: rows."""
         arms = {name: dataclasses.replace(cfg, pretrain_steps=min(2, cfg.pretrain_steps), eval_every=1, n_embd=32,
-                                          pred_embd=16, batch_size=8, stride=13)
+                                          pred_embd=16, batch_size=8, stride=25)
                 for name, cfg in arms.items()} if flags.fast else arms
         return run_arms(lab, arms, dataclasses.replace(flags, arms="", seeds=seeds), measure)
     tuned = run("pretraining_tuning", tuning(worlds, names, GRID[:1] if flags.fast else GRID), 1)
