@@ -24,7 +24,9 @@ at once. Texts of real probes are cut after block_size tokens. The facts world:
     kind        what is this (a country, a book, a painter ...), from the name alone, over names not fitted on
 and the cloze: in a statement that was held out, the right answer fits best among all that its relation takes, and among
 those with as many tokens. An arm is asked what it was trained for: T-JEPA by the lowest latent energy, the masked LM by
-the mean log-probability of the answer's tokens, all masked, the GPT by that of the whole statement.
+the mean log-probability of the answer's tokens, all masked, the GPT by that of the whole statement. The column "by
+tokens" asks a T-JEPA with a masked-LM term by its tokens instead, and the masked LM by the sum, not the mean.
+Of held-out glosses: which token does a latent stand on, and how little do swapped tokens move a text (`surface`)?
 """
 import collections
 import dataclasses
@@ -210,6 +212,27 @@ def probe_all(run, probes, layers):
         found.setdefault("rank", rankme(x))
     return found | dict(probes=statistics.mean(found[name] for name in probes))
 
+@torch.no_grad()
+def surface(run, layers, kinds=40, noise=0.1):
+    """What is left of the surface of held-out text. identity: which of the commonest tokens does a token's latent stand
+    on? Accuracy, over other rows than it was fitted on. stability: 1 if a text's vector stays where it is when each
+    token is swapped for any other with a chance of noise, 0 if it moves as far as to another text."""
+    read = reading(run.model, layers)
+    torch.manual_seed(0)                                                # the same rows and noise for every run
+    tokens = run.corpus.val.batch(128)                                                                  # (B, T)
+    other = tokens.flatten()[torch.randint(tokens.numel(), tokens.shape)]
+    pad = run.corpus.tokenizer.pad
+    swapped = (torch.rand(tokens.shape) < noise) & (tokens != pad) & (other != pad)
+    clean, noisy = (features(read, text.to(run.device)).cpu()
+                    for text in (tokens, torch.where(swapped, other, tokens)))                          # (B, C)
+    moved, apart = ((clean - x).square().sum(1).mean() for x in (noisy, clean.roll(1, 0)))
+    commonest = tokens[tokens != pad].bincount().topk(kinds).indices
+    rows, places = torch.isin(tokens, commonest).nonzero()[::run.cfg.stride].T                          # (n,), (n,)
+    x = torch.cat([read.encode(some).cpu() for some in tokens.to(run.device).split(64)])[rows, places]  # (n, C)
+    parts = [rows % 5 < 3, rows % 5 == 3, rows % 5 == 4]
+    return dict(identity=logistic_probe(*((x[part], tokens[rows, places][part]) for part in parts), PENALTIES)[0],
+                stability=(1 - moved / apart).item())
+
 # -- the cloze ---------------------------------------------------------------------------------------------------------
 def cloze(run, relations=RELATIONS):
     """Shares of the held-out statements whose own answer has the lowest energy, means over the relations: `all` its
@@ -269,8 +292,10 @@ def judge(run, probes):
     readings = [int(layers) for layers in run.cfg.read.split(",")]
     if run.cfg.tune:
         return {f"dev_{layers}": probe_all(run, probes, layers)["probes"] for layers in readings}
-    asked = run.cfg.data == "facts" and run.cfg.read != "0"         # a bag has no order, and so no gap
-    return probe_all(run, probes, readings[0]) | (cloze_all(run) if asked else {})
+    figures = probe_all(run, probes, readings[0])
+    if run.cfg.data != "facts":
+        return figures | surface(run, readings[0])
+    return figures | (cloze_all(run) if run.cfg.read != "0" else {})    # a bag has no order, and so no gap
 
 def measure(cfg):
     """Train an arm and judge it: a dict of figures; curve is a list of them, one a look, with the tokens read."""
@@ -350,7 +375,9 @@ COLUMNS = {name: name for names in PROBES.values() for name in names} | {
 CLOZE = {**{relation: f"cloze_{relation}" for relation in RELATIONS},
          "all three": "cloze_all", "(chance)": "cloze_chance", "same length": "cloze_same",
          "(its chance)": "cloze_same_chance", "by tokens": "cloze_tokens_all",
-         "by tokens, same length": "cloze_tokens_same", "rank, facts": "rank_facts", "rank, glosses": "rank_glosses"}
+         "by tokens, same length": "cloze_tokens_same"}
+LATENTS = {"rank of 128, facts": "rank_facts", "rank, glosses": "rank_glosses", "token identity": "identity",
+           "stability": "stability"}
 
 def tables(rows, tuned):
     """All tables as markdown: probes, the cloze relation by relation, and what tuning has chosen."""
@@ -358,8 +385,9 @@ def tables(rows, tuned):
     for budget in BUDGETS:
         if here := joined(rows, budget):
             parts += [f"After {budget} tokens, accuracies on test:", table(here, ARMS, COLUMNS),
-                      f"After {budget} tokens, the cloze, and RankMe (of 128) of a probe's texts:",
-                      table(here, ARMS, CLOZE)]
+                      f"After {budget} tokens, the cloze:", table(here, ARMS, CLOZE),
+                      f"After {budget} tokens, RankMe of a probe's texts, and what is left of the surface of held-out "
+                      "glosses:", table(here, ARMS, LATENTS)]
     cells = []
     for case in dict.fromkeys(row["arm"].rsplit(" ", 1)[0] for row in tuned):
         mine = [row for row in tuned if row["arm"].rsplit(" ", 1)[0] == case]

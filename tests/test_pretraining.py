@@ -154,6 +154,24 @@ def test_texts_longer_than_a_row_are_cut(corpus, tmp_path):
     x = pretraining.vectors(run, ["Paris is " * 300, "Paris is " * 200, "Paris"], 1)
     assert torch.allclose(x[0], x[1], atol=1e-6) and x.shape == (3, 32) and not torch.allclose(x[0], x[2], atol=1e-3)
 
+class Latents:
+    """A model whose latents are what encode makes of its ids."""
+    def __init__(self, encode):
+        self.cfg, self.encode = Config(), encode
+
+
+def test_surface_of_latents_that_are_tokens_of_constants_and_of_noise(corpus, monkeypatch):
+    monkeypatch.setattr(pretraining, "reading", lambda model, layers: model)
+    codes = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))
+    def measured(encode, **changes):
+        return pretraining.surface(train.Run(Config(stride=4), Latents(encode), corpus, "cpu", None), 1, **changes)
+    tokens = measured(lambda ids: codes[ids])
+    assert tokens["identity"] > 0.99 and 0 < tokens["stability"] < 1
+    assert measured(lambda ids: codes[ids], noise=0.0)["stability"] == 1
+    assert measured(lambda ids: codes[ids], noise=0.5)["stability"] < tokens["stability"]
+    blind = measured(lambda ids: torch.randn(*ids.shape, 16))
+    assert blind["identity"] < 0.3 and abs(blind["stability"]) < 0.2
+
 # -- the cloze ---------------------------------------------------------------------------------------------------------
 class Oracle:
     """Knows by heart which texts are true (or, told so, false)."""
