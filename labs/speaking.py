@@ -506,8 +506,7 @@ DEFAULT = {"annealed": Config()}
 SCHEDULED = DEFAULT | {"alpha 0 (v2.0)": Config(alpha="constant", alpha_start=0.0)}
 SCHEDULED |= {f"alpha {alpha}": Config(alpha="constant", alpha_start=alpha) for alpha in (0.1, 0.25, 0.5, 0.9)}
 SCHEDULED |= {"annealed from 0.9": Config(alpha_start=0.9), "reversed": Config(alpha="reversed"),
-              "shuffled latent target": Config(goal="shuffled"),
-              "shuffled and alpha 0.5": Config(goal="shuffled", alpha="constant")}
+              "shuffled latent target": Config(goal="shuffled")}
 ENCODERS = DEFAULT | {
     "annealed at 5e-4": Config(**GENTLE), "fine-tuned": Config(encoder="tuned"),
     "fine-tuned at 5e-4": Config(encoder="tuned", **GENTLE),
