@@ -15,7 +15,7 @@ Two worlds: the facts of train.py (tiny), and WordNet's glosses. In each every a
 steps, batches of a seed and schedule (its cosine ends with the run, so a point within a run of 7M is not a run of that
 length). For each arm and world the learning rate (of GRID) and what is read (the last layer, or the mean of all four,
 layer-normed) are those with the best mean of the dev accuracies, after 2.5M tokens with seed 0; 7M takes them over.
-Not shared: without a predictor an arm has .12M weights less, and reads [MASK]s.
+Not shared: without a predictor (.12M weights) the encoder reads [MASK]s, and it alone fills them in.
 
 Probes are logistic regressions on the mean over a text's tokens, frozen; the penalty is chosen on dev, test is looked
 at once. Texts of real probes are cut after block_size tokens. The facts world:
@@ -59,7 +59,7 @@ TUNED = "2.5M"
 LOOKS = (1, 2, 4, 8)                    # eighths of a long run at which it is measured, for the curve
 RELATIONS = ("capital", "currency", "author")       # of the cloze: those with 40 statements and many answers
 FOLDS = 5
-PENALTIES = (10.0, 1.0, 0.1, 0.01)      # lighter ones were never better here, and take longest
+PENALTIES = (10.0, 1.0, 0.1, 0.01)      # of the probes; lighter ones take longest
 # what the facts are about, and what they answer with
 SUBJECTS = dict(capital="country", author="book", painter="painting", inventor="invention", composer="music",
                 symbol="element", landmark_city="landmark")
@@ -76,7 +76,8 @@ class Flags(shared.Flags):
 
     def __post_init__(self):
         for flag, known in ("budget", BUDGETS), ("world", PROBES), ("arms", ARMS):
-            for name in filter(None, getattr(self, flag).split(",")):
+            given = getattr(self, flag)
+            for name in given.split(",") if given or flag != "arms" else ():    # no --arms: all of them
                 if name not in known:
                     raise ValueError(f"--{flag}={name}: this lab has {', '.join(known)}")
 
