@@ -372,7 +372,8 @@ def joined(rows, budget):
             for row in found.values()]
 
 COLUMNS = {name: name for names in PROBES.values() for name in names} | {
-    "mean of the probes": "probes", "cloze": "cloze_all", "cloze, same length": "cloze_same"}
+    "mean, facts": "probes_facts", "mean, glosses": "probes_glosses", "mean of all": "probes", "cloze": "cloze_all",
+    "cloze, same length": "cloze_same"}
 CLOZE = {**{relation: f"cloze_{relation}" for relation in RELATIONS},
          "all three": "cloze_all", "(chance)": "cloze_chance", "same length": "cloze_same",
          "(its chance)": "cloze_same_chance", "by tokens": "cloze_tokens_all",
