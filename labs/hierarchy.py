@@ -1,26 +1,28 @@
 """
 The positive control: where theory says that predicting latents must win, does ours?
 
-    python -m labs.hierarchy                the grid; with --jobs=16 on a GPU that many runs share it
+    python -m labs.hierarchy                2 or 3 seeds of each arm; with --jobs=16 on a GPU that the runs share
     python -m labs.hierarchy --fast         does it run?
 
-The Random Hierarchy Model is a random grammar. Each symbol of a level has a few rules, each rule is a pair of symbols of
-the level below; from the root, L levels down, a sentence has 2^L tokens. No two rules share a pair, so that a sentence has
-one parse. Two pairs of one symbol are synonyms: only what stands around them shows that they mean the same. Theory
-(Korchinski, Favero, Wyart 2026): who predicts tokens finds the symbols of the highest level from about v m^(L+1)
-sentences, for a symbol l levels up has to be told by a token l levels down; who predicts its own latents climbs a level at a
-time, and about v m^3 are enough at any depth. (v symbols a level, m rules a symbol.) The root has no surroundings: no
-objective without labels can find its synonyms, so the highest level that is judged is L-1. m must be below v: with m = v
-every pair is a rule, and the sentences are uniform noise.
+The Random Hierarchy Model is a random grammar. A symbol has m rules, each rule is a pair of symbols of the level
+below; from the root, L levels down, a sentence has 2^L tokens. No pair belongs to two rules, so a sentence has one
+parse. The pairs of one symbol are synonyms: only their surroundings show that they mean the same. Theory (Korchinski,
+Favero, Wyart 2026): a symbol l levels above the tokens is found by predicting tokens from about v m^(l+2) sentences (v
+symbols a level), because it has to be told by tokens, l levels below; one's own latents stand on its own level, and
+about v m^3 are enough at any l. The root has no surroundings and can't be found without labels: level L-1 is the
+highest that is judged. m must be below v: if every pair is a rule, sentences are even noise. A grammar of depth 2 has
+no more than v m^3 sentences, and half of them are kept to probe with: there P* may be out of reach.
 
 Expected before the first run: for the masked LM P*, the sentences it takes, grows by m a level; for latent prediction
 it stays the same.
 
-P* is where the probe of level L-1, on sentences that phase 1 has not seen, passes half the way from the random-init encoder
-to 1: a line between the two tried P (in log P) that lie on its two sides. That threshold was fixed before any run. All arms
-share the grammar of a seed, its sentences (those of a smaller P are among those of a larger), model size, batch, learning
-rate, masks and the number of optimizer steps; the epochs differ with P. They also share learned positions: with rotary ones
-alone a bidirectional encoder has to find out where a pair begins, and all objectives are slower.
+P* is where the probe of a level, on sentences that phase 1 has not seen, passes half the way from the random-init
+encoder to 1: on a line in log P between the tried P on its two sides. This was fixed before the first run. All arms of
+a seed share the grammar, the sentences (those of a small P are among those of a larger), model size, batch, learning
+rate, masks and the number of optimizer steps; so the epochs differ with P. Two things are not train.py's default, in
+any arm: positions are learned, because rotary ones, which know distances only, leave it to the encoder to find out
+where a pair begins (all objectives were slower in prototypes); and targets are of single tokens, for a span would mix
+symbols.
 """
 import dataclasses
 import math
@@ -37,7 +39,7 @@ import train
 from labs.arms import Flags, main, markdown, publish, run_arms
 from labs.measures import logistic_probe
 
-DRAWS = 2 ** 17     # sentences drawn from a grammar before repetitions are dropped
+DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
 
 
 @dataclasses.dataclass
@@ -45,10 +47,10 @@ class Config(train.Config):
     """An arm: the grammar's shape, and how many sentences of it there are to learn from."""
     depth: int = 3              # L, levels above the tokens: a sentence has 2^L
     symbols: int = 16           # v, symbols of a level, and so the vocabulary
-    rules: int = 4              # m, rules of a symbol
+    rules: int = 3              # m, rules of a symbol
     sentences: int = 1024       # P, distinct sentences to learn from
     block_size: int = 8         # 2^L
-    nodes: int = 4096           # labelled nodes for the probe of a level, three fifths to fit it: the same at every level
+    nodes: int = 4096           # labelled nodes for the probe of each level, three fifths of them to fit it
     objective: str = "latent"   # what the tables call this arm
 
     def __post_init__(self):
@@ -59,17 +61,20 @@ class Config(train.Config):
                            ("sentences", lambda v: v >= 1, "1 or more"), ("nodes", lambda v: v >= 64, "64 or more")))
 
 FLOOR = "random-init encoder"
-BASE = Config(n_layer=4, n_embd=64, pred_embd=32, positions="learned", target="token", max_span=2, batch_size=256,
-              pretrain_steps=2000, pretrain_lr=2e-3, dtype="fp32", depth=2, block_size=4)
+BASE = Config(n_embd=64, pred_embd=32, positions="learned", target="token", max_span=2, dtype="fp32",
+              batch_size=512, pretrain_steps=1500, pretrain_lr=2e-3)
 OBJECTIVES = {
     "masked LM": dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
     "latent": {},
     "latent without predictor": dict(pred_layer=0),
-    "latent InfoNCE": dict(loss="infonce", sigreg=0.0),
+    "latent as data2vec": dict(loss="smooth_l1", sigreg=0.0, pred_layer=0),
     "latent last layer": dict(top_k=1),
     "latent sigreg 0.1": dict(sigreg=0.1),
+    "latent InfoNCE": dict(loss="infonce", sigreg=0.0),
+    "latent + masked LM": dict(mlm=0.5),
 }
-SIZES = {2: (64, 128, 256), 3: (128, 512, 2048), 4: (256, 1024, 4096, 16384)}
+MAIN = list(OBJECTIVES)[:3]     # on every depth and P; the variants on the deepest grammar, at two P
+SIZES = {2: (54, 216), 3: (128, 512, 2048, 8192), 4: (128, 512, 2048, 8192, 32768)}
 
 # -- the grammar -------------------------------------------------------------------------------------------------------
 class Grammar:
@@ -104,7 +109,7 @@ class Grammar:
         return levels
 
 def draw_sentences(grammar, cfg):
-    """(P, 2^L) to learn from, and up to cfg.nodes others, (n, 2^L), to probe with. The others are the same for every P."""
+    """(P, 2^L) to learn from, and up to cfg.nodes others, (n, 2^L), to probe with: the same others for every P."""
     drawn = grammar.draw(DRAWS, torch.Generator().manual_seed(cfg.seed + 1))
     distinct, kind = drawn.unique(dim=0, return_inverse=True)
     first = torch.full((len(distinct),), DRAWS).scatter_reduce(0, kind, torch.arange(DRAWS), "amin")
@@ -213,65 +218,74 @@ def probes(rows, depth):
     for objective in (FLOOR, *OBJECTIVES):
         values = [[row[f"level_{depth - 1}"] for row in here if row["objective"] == objective
                    and (row["sentences"] == size or objective == FLOOR)] for size in sizes]
-        lines.append([objective, *(" , ".join(f"{value:.2f}" for value in some) or "not measured" for some in values)])
+        lines.append([objective, *(", ".join(f"{value:.2f}" for value in some) or "not measured" for some in values)])
     return markdown(lines)
 
 def draw(rows, depths, path):
-    """A panel a depth: the probe of level L-1 against P, a point a seed and a line through the means; and P* against L."""
+    """A panel a depth: the probe of level L-1 against P, a dot a seed and a line through the means. And P* against the
+    level: dots from the levels of the deepest grammar, crosses from the highest level of each."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(depths) + 1, figsize=(4 * len(depths) + 4, 4), layout="constrained")
-    colour = dict(zip(OBJECTIVES, plt.get_cmap("tab10").colors))
+    figure, axes = plt.subplots(1, len(depths) + 1, figsize=(4 * len(depths) + 4, 4.5), layout="constrained")
     for axis, depth in zip(axes, depths):
-        name, here = f"level_{depth - 1}", [row for row in rows if row["depth"] == depth]
-        floor = [row[name] for row in here if row["objective"] == FLOOR]
-        if floor:
-            axis.axhline(statistics.mean(floor), color="0.6", linestyle=":", label=FLOOR)
-            axis.axhline((statistics.mean(floor) + 1) / 2, color="0.6", linestyle="--", label="threshold of P*")
-        for objective in OBJECTIVES:
-            at = {}
-            for row in here:
-                if row["objective"] == objective:
-                    at.setdefault(row["sentences"], []).append(row[name])
-            at = dict(sorted(at.items()))
-            axis.plot(list(at), [statistics.mean(values) for values in at.values()], color=colour[objective], label=objective)
-            axis.plot(*zip(*((size, value) for size, values in at.items() for value in values)), ".", color=colour[objective])
+        floor = statistics.mean(row[f"level_{depth - 1}"] for row in rows
+                                if (row["objective"], row["depth"]) == (FLOOR, depth))
+        axis.axhline(floor, color="0.6", linestyle=":", label=FLOOR)
+        axis.axhline((floor + 1) / 2, color="0.6", linestyle="--", label="threshold of P* (mean over seeds)")
         axis.set(title=f"L = {depth}: probe of level {depth - 1}", xscale="log", xlabel="sentences P", ylim=(0, 1.02))
-    axes[0].legend(fontsize=7)
-    for objective in OBJECTIVES:
-        points = [(depth, p) for depth in depths for p in samples_needed(rows, objective, depth, depth - 1).values()
-                  if 0 < p < math.inf]
-        axes[-1].plot(*zip(*points), "o", color=colour[objective], alpha=0.7)
-    axes[-1].set(title="P*, where it was found", yscale="log", xlabel="depth L", xticks=depths)
+    axes[-1].set(title="P*, where it was found", yscale="log", xlabel="level above the tokens",
+                 xticks=[depth - 1 for depth in depths])
+    for objective, colour in zip(OBJECTIVES, plt.get_cmap("tab10").colors):
+        for axis, depth in zip(axes, depths):
+            points = [(row["sentences"], row[f"level_{depth - 1}"]) for row in rows
+                      if (row["objective"], row["depth"]) == (objective, depth)]
+            sizes = sorted({size for size, _ in points})
+            means = [statistics.mean(value for at, value in points if at == size) for size in sizes]
+            axis.plot(sizes, means, color=colour, label=objective)
+            axis.scatter([size for size, _ in points], [value for _, value in points], color=colour, s=12)
+        for marker, places in ("o", [(max(depths), level) for level in range(1, max(depths))]), (
+                "x", [(depth, depth - 1) for depth in depths]):
+            points = [(level, p) for depth, level in places
+                      for p in samples_needed(rows, objective, depth, level).values() if 0 < p < math.inf]
+            axes[-1].scatter([level for level, _ in points], [p for _, p in points], color=colour, marker=marker)
+    figure.legend(*axes[-2].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
-def grid(few):
-    """The arms, name -> Config. few: fields that are smaller for --fast."""
+def grid(sizes, few):
+    """The arms, name -> Config. sizes: the P of each depth; few: fields that are smaller for --fast."""
+    deepest = max(sizes)
     arms = {f"{FLOOR} L{depth}": dataclasses.replace(BASE, objective=FLOOR, depth=depth, block_size=2 ** depth,
-                                                     sentences=sizes[0], **few | dict(pretrain_steps=0))
-            for depth, sizes in SIZES.items()}
+                                                     sentences=tried[0], **few | dict(pretrain_steps=0))
+            for depth, tried in sizes.items()}
     for objective, change in OBJECTIVES.items():
-        for depth, sizes in SIZES.items():
-            for size in sizes:
+        for depth, tried in (sizes if objective in MAIN else {deepest: sizes[deepest][1::2]}).items():
+            for size in tried:
                 arms[f"{objective} L{depth} P{size}"] = dataclasses.replace(
                     BASE, objective=objective, depth=depth, block_size=2 ** depth, sentences=size, **few | change)
     return arms
 
 def hierarchy(flags):
     """Run the arms; write the tables and the figure."""
-    arms = grid(dict(n_embd=32, pred_embd=16, n_layer=2, top_k=1, batch_size=8, pretrain_steps=3) if flags.fast else {})
+    arms = grid(SIZES, {})
+    if flags.fast:
+        flags, sizes = dataclasses.replace(flags, seeds=1), {2: (54,), 3: (128,), 4: (128, 512)}
+        arms = grid(sizes, dict(n_embd=16, pred_embd=16, n_layer=1, top_k=1, n_head=2, pred_layer=1, batch_size=8,
+                                pretrain_steps=2, nodes=100))
     rows = run_arms("hierarchy", arms, flags, measure)
-    deepest = max(SIZES)
-    draw(rows, list(SIZES), path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
+    depths = sorted({row["depth"] for row in rows if row["objective"] == FLOOR})
+    if not depths:
+        raise ValueError(f"--arms={flags.arms}: P* is measured from the random-init encoder: name {FLOOR} L4 as well")
+    draw(rows, depths, path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
+    levels = {f"level {level}": (depths[-1], level) for level in range(1, depths[-1])}
     text = "\n\n".join((
-        f"P* of the highest level that has surroundings, a seed each; v = {BASE.symbols}, m = {BASE.rules}:",
-        summary(rows, {f"L = {depth}": (depth, depth - 1) for depth in SIZES}),
-        f"P* of every such level in the deepest grammar, L = {deepest}:",
-        summary(rows, {f"level {level}": (deepest, level) for level in range(1, deepest)}),
-        *(f"Probe of level {depth - 1}, L = {depth}, a seed each:\n\n{probes(rows, depth)}" for depth in SIZES)))
+        f"P* of every level but the root in grammars of depth L = {depths[-1]}, a figure a seed "
+        f"(v = {BASE.symbols}, m = {BASE.rules}, {BASE.pretrain_steps} steps):", summary(rows, levels),
+        "P* of the highest such level, by depth:",
+        summary(rows, {f"L = {depth}": (depth, depth - 1) for depth in depths}),
+        *(f"Probe of level {depth - 1}, L = {depth}, a figure a seed:\n\n{probes(rows, depth)}" for depth in depths)))
     publish("hierarchy", rows, text, flags.table)
     print(f"figure: {path}")
 

@@ -79,7 +79,7 @@ def test_all_arms_share_all_but_objective_and_sentences():
         "depth", "block_size", "sentences", "objective", "pretrain_steps",
         *(name for change in hierarchy.OBJECTIVES.values() for name in change))]
     assert {"batch_size", "n_embd", "n_layer", "pretrain_lr", "mask_ratio", "max_span", "positions"} <= set(shared)
-    arms = hierarchy.grid({})
+    arms = hierarchy.grid(hierarchy.SIZES, {})
     for name, cfg in arms.items():
         assert all(getattr(cfg, field) == getattr(BASE, field) for field in shared), name
         assert cfg.pretrain_steps == (0 if name.startswith(hierarchy.FLOOR) else BASE.pretrain_steps)
@@ -123,7 +123,8 @@ def measured(tmp_path_factory):
     """level_1 of a small grammar: of a random-init encoder, and of a masked LM and a latent arm after some steps."""
     easy = dataclasses.replace(SMALL, n_layer=2, top_k=2, n_embd=32, pred_embd=16, batch_size=64, pretrain_lr=5e-3,
                                sentences=250, nodes=600, device="cpu")
-    changes = {"random": dict(pretrain_steps=0), "masked LM": dict(pretrain_steps=250, **hierarchy.OBJECTIVES["masked LM"])}
+    changes = {"random": dict(pretrain_steps=0),
+               "masked LM": dict(pretrain_steps=250, **hierarchy.OBJECTIVES["masked LM"])}
     folder = tmp_path_factory.mktemp("hierarchy")
     return {name: hierarchy.measure(dataclasses.replace(easy, out=str(folder / name), **change))
             for name, change in changes.items()}
