@@ -60,23 +60,29 @@ def plain(cfg, **changes):
     return train.Config(**shared | changes)
 
 # -- what is read ------------------------------------------------------------------------------------------------------
-def statements(cfg, corpus):
-    """Each fact, (subject, relation, answer, split), with its templates: that of its held-out wording, then others."""
-    templates = {}
+def templates():
+    """(relation, statement | question | heldout) -> its templates."""
+    found = {}
     for relation, kind, template in prepare.read_tsv("templates.tsv"):
-        templates.setdefault((relation, kind), []).append(template)
+        found.setdefault((relation, kind), []).append(template)
+    return found
+
+def statements(cfg, corpus):
+    """Each fact, (subject, relation, answer, split), and templates of its statements: the held-out one comes first."""
+    said = templates()
     for fact, item in zip(prepare.select(cfg.facts), corpus.cloze, strict=True):
-        held = [t for t in templates[fact[1], "statement"] if prepare.sentence(t, fact[0]) == item.statement]
-        yield fact, held + [t for t in templates[fact[1], "statement"] if t not in held], templates[fact[1], "question"]
+        wordings = said[fact[1], "statement"]
+        yield fact, sorted(wordings, key=lambda template: prepare.sentence(template, fact[0]) != item.statement)
 
 def retold(cfg, corpus):
     """The text of the same facts in other words, as a `data.Text`; the held-out wordings stay out of it."""
-    rng, encode, subjects, said = random.Random(0), corpus.tokenizer.encode_batch, {}, []
-    for (subject, _, answer, split), wordings, asked in statements(cfg, corpus):
+    rng, encode, asking, subjects, said = random.Random(0), corpus.tokenizer.encode_batch, templates(), {}, []
+    for (subject, relation, answer, split), wordings in statements(cfg, corpus):
         wordings = wordings[1:] if cfg.text == "wordings" else wordings[1:prepare.WORDINGS]
         sentences = [prepare.sentence(template, subject, answer) for template in wordings]
         if cfg.text == "questions" and split == "DEC":      # a fifth of the text; LAT and TXT are never asked here
-            sentences += [f"{prepare.sentence(question, subject)} {answer}." for question in rng.sample(asked, 4)]
+            asked = rng.sample(asking[relation, "question"], 4)
+            sentences += [f"{prepare.sentence(question, subject)} {answer}." for question in asked]
         subjects.setdefault(subject, []).append(len(said))
         said.append(encode([" " + sentence for sentence in sentences]))
     rows = prepare.paragraphs(said, list(subjects.values()), cfg.block_size, prepare.EPOCHS[cfg.facts], rng)
@@ -122,23 +128,37 @@ def relabel(questions, split):
     return part
 
 # -- figures -----------------------------------------------------------------------------------------------------------
+def energies(run, subject, values, wordings):
+    """Energy of each value (A strings) in statements (W templates) about a subject: (W, A)."""
+    gaps, tokenizer = [prepare.sentence(template, subject).split("{a}") for template in wordings], run.corpus.tokenizer
+    return torch.stack([evaluate.gap_energy(run, tokenizer, before, values, after) for before, after in gaps])
+
 @torch.no_grad()
-def ranked(run):
-    """What was only read, asked without any teaching: each answer of the relation is put into a statement about the
-    subject, and that of lowest energy is the answer. Share of TXT facts: in the held-out wording, and by the mean over
-    the wordings that were read; and chance."""
-    right, facts = {"energy_TXT_heldout": [], "energy_TXT": [], "energy_chance": []}, prepare.select(run.cfg.facts)
-    corpus = data.load(run.cfg)         # the whole of it, in the order of the facts
-    asked = [(fact, wordings) for fact, wordings, _ in statements(run.cfg, corpus) if fact[3] == "TXT"]
-    for (subject, relation, answer, _), wordings in asked[::max(1, len(corpus.qa) // len(run.corpus.qa))]:
-        values = sorted({a for _, r, a, _ in facts if r == relation})
-        gaps = [prepare.sentence(template, subject).split("{a}") for template in wordings[:prepare.WORDINGS]]
-        energy = torch.stack([evaluate.gap_energy(run, corpus.tokenizer, before, values, after)
-                              for before, after in gaps])                                               # (W, A)
-        for name, of in ("energy_TXT_heldout", energy[0]), ("energy_TXT", energy[1:].mean(0)):
-            right[name].append(values[of.argmin().item()] == answer)
-        right["energy_chance"].append(1 / len(values))
-    return {name: sum(found) / len(found) for name, found in right.items()}
+def ranked(run, every=1):
+    """What was only read, asked without any teaching: the answer whose statement has the lowest energy. Share of TXT
+    facts: in the held-out wording, and by the mean over the wordings that were read; and chance. auroc_energy: that
+    lowest energy as a sign of not knowing, invented subjects against DEC facts, in wordings not read of either."""
+    right = {"energy_TXT_heldout": [], "energy_TXT": [], "energy_chance": []}
+    least, values, said, rng = {"DEC": [], "NEVER": []}, {}, templates(), random.Random(0)
+    facts = list(statements(run.cfg, data.load(run.cfg)))       # of the whole corpus: it is in the order of the facts
+    for (_, relation, answer, _), _ in facts:
+        values.setdefault(relation, []).append(answer)
+    values = {relation: sorted(set(answers)) for relation, answers in values.items()}
+    for (subject, relation, answer, split), wordings in facts[::every]:
+        if split == "TXT":
+            energy = energies(run, subject, values[relation], wordings[:prepare.WORDINGS])              # (W, A)
+            for name, of in ("energy_TXT_heldout", energy[0]), ("energy_TXT", energy[1:].mean(0)):
+                right[name].append(values[relation][of.argmin().item()] == answer)
+            right["energy_chance"].append(1 / len(values[relation]))
+        if split == "DEC":
+            least["DEC"].append(energies(run, subject, values[relation], wordings[:1]).min())
+    for subject, relation in prepare.read_tsv("invented.tsv")[::every]:
+        if relation in values:
+            wording = rng.choice(said[relation, "statement"][:prepare.WORDINGS])
+            least["NEVER"].append(energies(run, subject, values[relation], [wording]).min())
+    known, invented = torch.stack(least["DEC"]), torch.stack(least["NEVER"])                            # (n,), (m,)
+    return ({name: sum(found) / len(found) for name, found in right.items()}
+            | dict(auroc_energy=(invented[:, None] > known).float().mean().item()))
 
 @torch.no_grad()
 def readouts(run, questions, concepts):
@@ -179,7 +199,7 @@ def t_jepa(cfg):
             (Path(cfg.out) / phase).mkdir(exist_ok=True)
             shutil.copy(Path(cfg.out) / "ckpt.pt", Path(cfg.out) / phase)
         if phase == "pretrain" and cfg.teacher == "self" and not cfg.shift:
-            figures |= ranked(open_run(cfg)[0])
+            figures |= ranked(open_run(cfg)[0], cfg.every)
     return figures | readouts(*open_run(cfg))
 
 def speak_otherwise(cfg):
@@ -409,7 +429,7 @@ TXT = by_phrasing("em", "TXT", title="EM ") | by_phrasing("r1", "TXT", title="R@
     "EM, nearest concept said": "em_snapped_TXT_heldout", "by energy, wordings read": "energy_TXT",
     "by energy, held-out wording": "energy_TXT_heldout", "chance": "energy_chance"}
 SIGNS = {"AUROC of the distance": "auroc", "cosine": "auroc_cosine", "distance within the relation": "auroc_relation",
-         "margin": "auroc_margin", "length": "auroc_length"}
+         "margin": "auroc_margin", "length": "auroc_length", "energy of a statement": "auroc_energy"}
 SNAPPED = by_phrasing("r1_all", "DEC", "LAT", title="R@1 of all ") | by_phrasing("em", "DEC", "LAT", title="EM ") | \
     by_phrasing("em_snapped", "DEC", "LAT", title="EM, nearest concept said, ")
 AFTER = {f"{title} of {half}, {when} B": f"{figure}_heldout_{half}_{when}" for half, whens in (

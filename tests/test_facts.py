@@ -238,18 +238,18 @@ def test_the_text_with_questions_asks_dec_alone(corpus):
 
 def test_the_answer_of_lowest_energy_is_the_answer(corpus, monkeypatch):
     run = types.SimpleNamespace(cfg=train.Config(), corpus=corpus)
-    truth = {item.statement: item.answer for item in corpus.cloze if item.split == "TXT"}
-    asked = []
+    truth, asked = {item.statement: item.answer for item in corpus.cloze}, []
 
     def energy(run, tokenizer, before, values, after):
         """Only the held-out wordings know; the others prefer what stands first."""
         own = truth.get(f"{before}{{a}}{after}")
         asked.append(own)
-        return torch.tensor([float(value != own) if own else float(i) for i, value in enumerate(values)])
+        return torch.tensor([float(value != own) if own else float(i + 1) for i, value in enumerate(values)])
     monkeypatch.setattr(evaluate, "gap_energy", energy)
     found = facts.ranked(run)
     assert found["energy_TXT_heldout"] == 1.0 and found["energy_TXT"] < 0.3
-    assert sum(own is not None for own in asked) == len(truth) == 81 and len(asked) == 81 * 8
+    assert found["auroc_energy"] == 1.0                     # no statement about an invented subject fits as well
+    assert sum(own is not None for own in asked) == 81 + 152 and len(asked) == 81 * 8 + 152 + 107
 
 
 def test_readouts_of_perfect_thoughts_and_of_relation_means(questions, monkeypatch):
