@@ -23,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import align
 import data
 import evaluate
 import tjepa
@@ -44,6 +45,9 @@ class Config(tjepa.Config):
     qa: str = ""                # your own questions for phases 2 and 3: a file of lines: question, tab, answer
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, needs a download once
     teacher: str = "self"       # who says what an answer's latent is: self (the target encoder) | ckpt:DIR | an .npz
+    distill: str = "answers"    # phase 2: answers | align: imitate the run --teacher=ckpt:DIR, after phase 1 (of 0 steps too)
+    align: str = "tokens+pooled+thought"  # what align compares, joined by +: tokens | pooled | thought | guess
+    rounds: int = 1             # equal parts of phase 2: each begins with a fresh optimizer, where the last one ended
     seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
@@ -68,10 +72,12 @@ class Config(tjepa.Config):
     def __post_init__(self):
         super().__post_init__()
         choices = dict(phase=(*PHASES, "all"), preset=tuple(PRESETS), recipe=tuple(RECIPES), facts=("tiny", "all"),
-                       tokenizer=("bpe", "gpt2"), device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "fp32", "bf16"))
+                       distill=("answers", "align"), tokenizer=("bpe", "gpt2"), device=("auto", "cuda", "mps", "cpu"),
+                       dtype=("auto", "fp32", "bf16"))
         tjepa.check(self, (
             *((name, allowed.__contains__, f"one of {', '.join(allowed)}") for name, allowed in choices.items()),
-            ("batch_size qa_batch_size accum eval_every", lambda v: v >= 1, "1 or more"),
+            ("align", lambda v: set(v.split("+")) <= {*align.PARTS}, f"some of {', '.join(align.PARTS)}, joined by +"),
+            ("batch_size qa_batch_size accum eval_every rounds", lambda v: v >= 1, "1 or more"),
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
             ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: v >= 0, "0 or more"),
             ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
@@ -202,7 +208,7 @@ def take_step(run, phase, optimizer, loss_at, progress):
     grad = torch.nn.utils.clip_grad_norm_(params, run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if phase == "pretrain":
+    if phase == "pretrain" or (phase, run.cfg.distill) == ("distill", "align"):     # where encode() learns
         run.model.ema_update(run.cfg.tau)
     return loss, stats, grad
 
@@ -212,6 +218,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number."""
     cfg, optimizer = run.cfg, optimizer_for(run, phase, optimizer_state)
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
+    length = math.ceil(steps / (cfg.rounds if phase == "distill" else 1))           # of a round
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
     figures, since, last = {}, time.perf_counter(), start
@@ -233,7 +240,9 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     for step in range(start, steps):
         # all that is random in a step follows from the seed and its number: a resumed run cannot tell the difference
         torch.manual_seed((cfg.seed * len(PHASES) + PHASES.index(phase)) * 10 ** 9 + step)
-        lr = peak * min((step + 1) / max(1, round(cfg.warmup * steps)), 0.55 + 0.45 * math.cos(math.pi * step / steps))
+        if not (at := step % length):       # a round begins
+            optimizer.state.clear()
+        lr = peak * min((at + 1) / max(1, round(cfg.warmup * length)), 0.55 + 0.45 * math.cos(math.pi * at / length))
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, stats, grad = take_step(run, phase, optimizer, loss_at, step / steps)
@@ -278,6 +287,17 @@ def teacher_vectors(cfg, answers):
     theirs, tokenizer = Config(**saved["config"]), data.Tokenizer.from_state(saved["tokenizer"])
     return build(theirs, tokenizer, saved["model"]).concept(
         data.pack_answers(tokenizer, answers, theirs.block_size, "the teacher's --block_size"))
+
+def open_teacher(cfg, answers):
+    """The T-JEPA that --distill=align imitates, and what it was taught of some answers (A strings): `align.Teacher`."""
+    if not cfg.teacher.startswith("ckpt:"):
+        raise ValueError(f"--distill=align imitates a run: give its folder, --teacher=ckpt:DIR, not {cfg.teacher}")
+    saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
+    known, tokenizer = saved["answers"] or [], data.Tokenizer.from_state(saved["tokenizer"])
+    if missing := set(answers) - set(known):
+        raise ValueError(f"--teacher={cfg.teacher} was not taught '{min(missing)}': run its --phase=distill first")
+    return align.Teacher(build(Config(**saved["config"]), tokenizer, saved["model"]), tokenizer,
+                         saved["concepts"][[known.index(answer) for answer in answers]])
 
 def standardise(model, latents):
     """A teacher's latents (n, D) in the units that thoughts have."""
@@ -371,14 +391,15 @@ def run(cfg, corpus=None):
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has read: "
                          "take another --out")
-    questions = vectors = None
+    questions = vectors = teacher = None
     if phases != ("pretrain",):
         if not corpus.qa:
             raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), "
                              "or stop after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
     if "distill" in phases:             # before the model: the width of the teacher is the width of W
-        vectors = teacher_vectors(cfg, questions.answers)
+        teacher = open_teacher(cfg, questions.answers) if cfg.distill == "align" else None
+        vectors = teacher.vectors if teacher else teacher_vectors(cfg, questions.answers)
         cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
     # a phase that is started anew starts with fresh parts of its own
     fresh = [] if cfg.resume else dict(distill=["W.", "decoder.", "concept_"], speak=["decoder."]).get(phases[0], [])
@@ -398,7 +419,8 @@ def run(cfg, corpus=None):
         if phase != "pretrain" and state["answers"] != questions.answers:
             raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
                              "run --phase=distill first")
-        loss_at, measure = pretrain(this) if phase == "pretrain" else dict(distill=distill, speak=speak)[phase](
+        loss_at, measure = pretrain(this) if phase == "pretrain" else dict(
+            distill=teacher.align if teacher else distill, speak=speak)[phase](
             this, questions, state["concepts"].to(device))
 
         def save(step, optimizer):
