@@ -45,7 +45,7 @@ class Config(tjepa.Config):
     qa: str = ""                # your own questions for phases 2 and 3: a file of lines: question, tab, answer
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, needs a download once
     teacher: str = "self"       # who says what an answer's latent is: self (the target encoder) | ckpt:DIR | an .npz
-    distill: str = "answers"    # phase 2: answers | align: imitate the run --teacher=ckpt:DIR, after phase 1 (of 0 steps too)
+    distill: str = "answers"    # phase 2: answers | align: imitate --teacher=ckpt:DIR; phase 1 first, if of 0 steps
     align: str = "tokens+pooled+thought"  # what align compares, joined by +: tokens | pooled | thought | guess
     rounds: int = 1             # equal parts of phase 2: each begins with a fresh optimizer, where the last one ended
     seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
