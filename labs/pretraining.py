@@ -19,7 +19,7 @@ Not shared: without a predictor (.12M weights) the encoder reads [MASK]s, and it
 
 Probes are logistic regressions on the mean over a text's tokens, frozen; the penalty is chosen on dev, test is looked
 at once. Texts of real probes are cut after block_size tokens. The facts world:
-    relation    which relation does a question ask for? Fitted on trained phrasings, tested on held-out ones
+    relation    which relation does a question ask for? Over wordings and subjects that it was not fitted on
     continent   on which continent is the country that a question names? Over countries that it was not fitted on
     kind        what is this (a country, a book, a painter ...), from the name alone, over names not fitted on
 and the cloze: in a statement that was held out, the right answer fits best among all that its relation takes, and among
@@ -44,7 +44,6 @@ import data
 import evaluate
 import tjepa
 import train
-from data.facts.prepare import read_tsv
 from labs import arms as shared
 from labs.arms import main, markdown, publish, run_arms, table
 from labs.collapse import continents
@@ -121,12 +120,18 @@ class Probe(NamedTuple):
         """A quick look at it: each k-th text alone, and one split."""
         return Probe(self.texts[::k], self.labels[::k], [tuple(rows[::k] for rows in self.splits[0])])
 
-def folds(groups):
-    """Splits for n items, of which those of one group stay together: FOLDS times train, dev, test."""
-    order = random.Random(0).sample(sorted(set(groups)), len(set(groups)))
-    fold = torch.tensor([order.index(group) % FOLDS for group in groups])                               # (n,)
-    tests = [(fold == k, fold == (k + 1) % FOLDS) for k in range(FOLDS)]
-    return [(~(test | dev), dev, test) for test, dev in tests]
+def folds(*groups):
+    """Splits for n items, FOLDS times train, dev, test. groups: for each item a name (n,), or several such lists: what
+    is tested shares none of its names with what was fitted on, in any list. Items that share some are left out."""
+    def fold(names):
+        """The fold of each item, (n,): those of one name stay together."""
+        order = random.Random(0).sample(sorted(set(names)), len(set(names)))
+        return torch.tensor([order.index(name) % FOLDS for name in names])
+    of = torch.stack([fold(names) for names in groups])                                                 # (G, n)
+    def away(k):
+        """Items of the other folds, in all lists."""
+        return (of != k).all(0)
+    return [(away(k) & away((k + 1) % FOLDS), (of == (k + 1) % FOLDS).all(0), (of == k).all(0)) for k in range(FOLDS)]
 
 def by_part(parts):
     """The split of items that say themselves which part they are in."""
@@ -144,21 +149,15 @@ def kinds(corpus):
 
 def facts_probes(corpus):
     """The three probes of the facts world, name -> `Probe`."""
-    firsts = {}         # one held-out wording of each relation is for dev, the other two for test
-    for relation, kind, template in read_tsv("templates.tsv"):
-        if kind == "heldout":
-            firsts.setdefault(relation, template)
-    asked = [row for row in corpus.qa if row.split != "NEVER"]
-    tried = [row for row in asked if row.phrasing == "trained"]
-    kept = set(random.Random(0).sample(tried, min(3000, len(tried))))
-    asked = [row for row in asked if row.phrasing == "heldout" or row in kept]
-    parts = ["train" if row.phrasing == "trained" else
-             "dev" if row.question.lower() == firsts[row.relation].replace("{s}", row.subject).lower() else "test"
-             for row in asked]
-    heldout = {row.question for row in asked if row.phrasing == "heldout"}
-    places, continent_of, countries = zip(*(row for row in continents(corpus) if row[0] in heldout))
+    asked, wordings, times = [row for row in corpus.qa if row.split != "NEVER"], [], collections.Counter()
+    for row in asked:       # the n-th question about a fact is the n-th wording of its relation
+        wordings.append(f"{row.relation} {times[row.relation, row.subject]}")
+        times[row.relation, row.subject] += 1
+    few = {row.question for row in asked if row.phrasing == "heldout"}      # three wordings of 17 will do
+    places, continent_of, countries = zip(*(row for row in continents(corpus) if row[0] in few))
     names, kind_of = zip(*kinds(corpus))
-    return dict(relation=Probe([row.question for row in asked], [row.relation for row in asked], by_part(parts)),
+    return dict(relation=Probe([row.question for row in asked], [row.relation for row in asked],
+                               folds(wordings, [row.subject for row in asked])),
                 continent=Probe(places, continent_of, folds(countries)), kind=Probe(names, kind_of, folds(names)))
 
 def text_probes():
