@@ -118,6 +118,20 @@ def test_a_p_star_that_was_not_found_is_no_part_of_a_slope():
     assert hierarchy.cell({0: 0.0, 1: 70.4, 2: math.inf}, [16, 256]) == "< 16, 70, > 256"
 
 
+def test_the_tables_and_the_figure_show_what_was_found(tmp_path):
+    found = rows({depth: [40.0 * BASE.rules ** depth, 40.0 * BASE.rules ** depth] for depth in (2, 3, 4)})
+    columns = {f"L = {depth}": (depth, depth - 1) for depth in (2, 3, 4)}
+    text, table = hierarchy.summary(found, columns), hierarchy.probes(found, 2)
+    assert "| latent | 360, 360 | 1080, 1080 | 3240, 3240 | 1.00 ± 0.00 |" in text
+    assert "| masked LM | not measured | not measured | not measured | not measured |" in text
+    assert "| random-init encoder | 0.20, 0.20 | 0.20, 0.20 |" in table
+    assert "| latent | 0.50, 0.50 | 0.70, 0.70 |" in table
+    for row in found:                                                   # the figure wants every level of the deepest
+        row.update({name: row.get(name, 0.3) for name in ("level_1", "level_2", "level_3")})
+    hierarchy.draw(found, [2, 3, 4], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """level_1 of a small grammar: of a random-init encoder, and of a masked LM and a latent arm after some steps."""
