@@ -10,8 +10,8 @@ parse. The pairs of one symbol are synonyms: only their surroundings show that t
 Favero, Wyart 2026): a symbol l levels above the tokens is found by predicting tokens from about v m^(l+2) sentences (v
 symbols a level), because it has to be told by tokens, l levels below; one's own latents stand on its own level, and
 about v m^3 are enough at any l. The root has no surroundings and can't be found without labels: level L-1 is the
-highest that is judged. m must be below v: if every pair is a rule, sentences are uniform noise. A grammar of depth 2 has
-no more than v m^3 sentences, and half of them are kept to probe with: there P* may be out of reach.
+highest that is judged. m must be below v: if every pair is a rule, sentences are uniform noise. A grammar of depth 2
+has no more than v m^3 sentences, and half of them are kept to probe with: there P* may be out of reach.
 
 Expected before the first run: for the masked LM P*, the sentences it takes, grows by m a level; for latent prediction
 it stays the same.
