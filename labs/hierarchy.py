@@ -1,7 +1,7 @@
 """
 The positive control: where theory says that predicting latents must win, does ours?
 
-    python -m labs.hierarchy --seeds=2 --jobs=16    46 arms a seed of 1,500 steps: about half a minute each on a GPU
+    python -m labs.hierarchy --seeds=2 --jobs=16    49 arms a seed of 1,500 steps: about half a minute each on a GPU
     python -m labs.hierarchy --fast                 does it run?
 
 The Random Hierarchy Model is a random grammar. A symbol has m rules, each rule is a pair of symbols of the level
@@ -73,8 +73,9 @@ OBJECTIVES = {
     "latent InfoNCE": dict(loss="infonce", sigreg=0.0),
     "latent + masked LM": dict(mlm=0.5),
 }
-MAIN = list(OBJECTIVES)[:3]     # on every depth and P; the variants on the deepest grammar, at two P
-SIZES = {2: (54, 216), 3: (128, 512, 2048, 8192), 4: (128, 512, 2048, 8192, 32768)}
+MAIN = list(OBJECTIVES)[:3]                 # tried at every depth and P
+VARIANTS_AT = (512, 8192)                   # the others at these P of the deepest grammar only
+SIZES = {2: (54, 216), 3: (128, 512, 2048, 8192), 4: (32, 128, 512, 2048, 8192, 32768)}     # the P of each depth
 
 # -- the grammar -------------------------------------------------------------------------------------------------------
 class Grammar:
@@ -261,7 +262,8 @@ def grid(sizes, few):
                                                      sentences=tried[0], **few | dict(pretrain_steps=0))
             for depth, tried in sizes.items()}
     for objective, change in OBJECTIVES.items():
-        for depth, tried in (sizes if objective in MAIN else {deepest: sizes[deepest][1::2]}).items():
+        some = {deepest: [size for size in sizes[deepest] if size in VARIANTS_AT]}
+        for depth, tried in (sizes if objective in MAIN else some).items():
             for size in tried:
                 arms[f"{objective} L{depth} P{size}"] = dataclasses.replace(
                     BASE, objective=objective, depth=depth, block_size=2 ** depth, sentences=size, **few | change)
