@@ -36,7 +36,7 @@ import torch
 import evaluate
 import tjepa
 import train
-from labs.arms import Flags, main, markdown, publish, run_arms
+from labs.arms import Flags, main, markdown, publish, run_arms, table
 from labs.measures import logistic_probe
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
@@ -219,7 +219,9 @@ def probes(rows, depth):
     for objective in (FLOOR, *OBJECTIVES):
         values = [[row[f"level_{depth - 1}"] for row in here if row["objective"] == objective
                    and (row["sentences"] == size or objective == FLOOR)] for size in sizes]
-        lines.append([objective, *(", ".join(f"{value:.2f}" for value in some) or "not measured" for some in values)])
+        if any(values):
+            lines.append([objective, *(", ".join(f"{value:.2f}" for value in some) or "not measured"
+                                       for some in values)])
     return markdown(lines)
 
 def draw(rows, depths, path):
@@ -269,6 +271,21 @@ def grid(sizes, few):
                     BASE, objective=objective, depth=depth, block_size=2 ** depth, sentences=size, **few | change)
     return arms
 
+def page(rows, arms, depths):
+    """All tables, as markdown."""
+    deepest = depths[-1]
+    levels = {f"level {level}": (deepest, level) for level in range(1, deepest)}
+    known = [arm for arm in arms if arm.endswith((f"{FLOOR} L{deepest}", f" L{deepest} P{VARIANTS_AT[-1]}"))]
+    columns = {name: name.replace(" ", "_") for name in levels} | {"R2": "val_r2", "rank": "rank", "health": "health"}
+    return "\n\n".join((
+        f"P* of every level but the root in grammars of depth L = {deepest}, a figure a seed "
+        f"(v = {BASE.symbols}, m = {BASE.rules}, {BASE.pretrain_steps} steps):", summary(rows, levels),
+        "P* of the highest such level, by depth:",
+        summary(rows, {f"L = {depth}": (depth, depth - 1) for depth in depths}),
+        f"Every objective at P = {VARIANTS_AT[-1]}, L = {deepest} (R2 and health are of the latent objectives):",
+        table(rows, known, columns),
+        *(f"Probe of level {depth - 1}, L = {depth}, a figure a seed:\n\n{probes(rows, depth)}" for depth in depths)))
+
 def hierarchy(flags):
     """Run the arms; write the tables and the figure."""
     arms = grid(SIZES, {})
@@ -281,14 +298,7 @@ def hierarchy(flags):
     if not depths:
         raise ValueError(f"--arms={flags.arms}: P* is measured from the random-init encoder: name {FLOOR} L4 as well")
     draw(rows, depths, path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
-    levels = {f"level {level}": (depths[-1], level) for level in range(1, depths[-1])}
-    text = "\n\n".join((
-        f"P* of every level but the root in grammars of depth L = {depths[-1]}, a figure a seed "
-        f"(v = {BASE.symbols}, m = {BASE.rules}, {BASE.pretrain_steps} steps):", summary(rows, levels),
-        "P* of the highest such level, by depth:",
-        summary(rows, {f"L = {depth}": (depth, depth - 1) for depth in depths}),
-        *(f"Probe of level {depth - 1}, L = {depth}, a figure a seed:\n\n{probes(rows, depth)}" for depth in depths)))
-    publish("hierarchy", rows, text, flags.table)
+    publish("hierarchy", rows, page(rows, arms, depths), flags.table)
     print(f"figure: {path}")
 
 
