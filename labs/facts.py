@@ -50,6 +50,7 @@ class Config(train.Config):
     text: str = "plain"         # phase 1 reads: plain | wordings: 12 of a statement, not 7 | questions: DEC's too
     told: str = "DEC"           # splits that the decoder, or the GPT, is taught as tokens
     beside: str = ""            # the token latents beside an echo: "" its own | question: of another | nothing
+    errors: float = 0.0         # share of tokens dropped where phase 3 thinks; an echo then errs as those thoughts do
     replay: float = 0.0         # share of A's questions that are asked again while B is taught
     shift: int = 0              # added to the seed: levers are chosen on seeds that no other table uses
     every: int = 1              # every so many-th question only, for --fast
@@ -104,7 +105,7 @@ def begin(cfg):
     """Copy the checkpoint of the phase before the first one of cfg."""
     source = folder_of(cfg, cfg.start) / train.PHASES[train.PHASES.index(cfg.phase) - 1] / "ckpt.pt"
     if not source.exists():
-        raise ValueError(f"--arms: {source} is missing: run --arms='{cfg.start}' first")
+        raise ValueError(f"--arms: {source} is missing: run --arms='{cfg.start}' --redo first")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     shutil.copy(source, cfg.out)
 
@@ -192,7 +193,7 @@ def t_jepa(cfg):
         if phase == "speak":    # the width that phase 2 found its teacher to have
             width = train.load_checkpoint(cfg.out)["config"]["teacher_width"]
             cfg = dataclasses.replace(cfg, teacher_width=width)
-        if phase == "speak" and (cfg.told, cfg.beside) != ("DEC", ""):
+        if phase == "speak" and (cfg.told, cfg.beside, cfg.errors) != ("DEC", "", 0):
             return figures | speak_otherwise(cfg)
         figures |= train.run(plain(cfg, phase=phase), corpus)
         if not cfg.start:
@@ -203,13 +204,25 @@ def t_jepa(cfg):
     return figures | readouts(*open_run(cfg))
 
 def speak_otherwise(cfg):
-    """Phase 3 with other splits taught as tokens, or with other token latents beside an echo."""
+    """Phase 3 with other splits taught as tokens, other token latents beside an echo, or an echo that errs."""
     run, questions, concepts = open_run(cfg, ["decoder."])
     taught = relabel(questions, lambda row: "DEC" if row.split in cfg.told.split() else row.split)
-    if cfg.beside:
-        run.model.speak_loss = functools.partial(beside, cfg, run.model.speak_loss)
-    teachers.fit(run, "speak", train.speak(run, taught, concepts)[0])
+    for wanted, change in (cfg.beside, beside), (cfg.errors, erring):
+        if wanted:
+            run.model.speak_loss = functools.partial(change, cfg, run.model.speak_loss)
+    run.model.think = functools.partial(run.model.think, drop=cfg.errors)
+    loss_at = train.speak(run, taught, concepts)[0]     # which thinks all that the decoder will hear
+    del run.model.think
+    teachers.fit(run, "speak", loss_at)
     return evaluate.exact_match(run, questions, evaluate.think_all(run, questions.tokens))
+
+def erring(cfg, speak_loss, thought, words, latents, alpha):
+    """An echo's latent is off by what one of the batch's questions is off, by chance. Noise is the same in all
+    directions; what thoughts of new wordings get wrong is not."""
+    n_ask, latent = len(words) - round(len(words) * cfg.echo), thought.latent.clone()   # (B, D)
+    error = latent[:n_ask] - latents[:n_ask]                                            # (questions, D)
+    latent[n_ask:] += error[torch.randint(n_ask, (len(words) - n_ask,))]
+    return speak_loss(thought._replace(latent=latent), words, latents, alpha)
 
 def beside(cfg, speak_loss, thought, *rest):
     """Token latents beside the echoes, the last of a batch's rows: of one of its questions, by chance, or none. As
@@ -403,6 +416,8 @@ LEVERS = {f"lever {name}": cfg for name, cfg in {
     "noise=.6": lever(phase="speak", noise=0.6),
     "echo=.9": lever(phase="speak", echo=0.9),
     "n_slots=16": lever(phase="speak", n_slots=16),
+    "errors=.3": lever(phase="speak", errors=0.3),
+    "errors=.3 noise=.2": lever(phase="speak", errors=0.3, noise=0.2),
 }.items()}
 ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 

@@ -217,6 +217,27 @@ def test_beside_an_echo_stands_no_token_of_its_own(what):
     assert some.real.all()                                  # the pool stays as it is
 
 
+def test_an_echo_errs_as_a_question_of_the_batch_does():
+    heard, some, latents = [], thoughts(), torch.randn(40, 32)
+    before = some.latent.clone()
+    facts.erring(facts.Config(echo=0.75), lambda thought, *rest: heard.append((thought.latent, rest)), some, "w" * 40,
+                 latents, 0.5)
+    (latent, rest), = heard
+    assert rest == ("w" * 40, latents, 0.5) and torch.equal(latent[:10], before[:10])
+    errors = torch.cdist(latent[10:] - before[10:], (before - latents)[:10])                    # (30, 10)
+    assert errors.amin(1).max() < 1e-2 and len(errors.argmin(1).unique()) > 5
+    assert torch.equal(some.latent, before)                 # the pool stays as it is
+
+
+def test_thoughts_of_dropped_questions_are_for_training_alone(tmp_path, monkeypatch):
+    drops, think = [], tjepa.TJEPA.think
+    monkeypatch.setattr(tjepa.TJEPA, "think",
+                        lambda model, tokens, drop=0.0: drops.append(drop) or think(model, tokens, drop))
+    monkeypatch.setitem(facts.ARMS, "errors", facts.spoken(errors=0.3))
+    facts.facts(arms.Flags(fast=True, out=str(tmp_path), arms="errors"))
+    assert 0.3 in drops and set(drops[drops.index(0.3):]) == {0.0, 0.3} and drops[-1] == 0.0
+
+
 # -- what phase 1 reads, and what is asked of it -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("text", ["wordings", "questions"])
