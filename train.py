@@ -325,9 +325,8 @@ def distill(run, questions, table):
     return loss_at, lambda whole: evaluate.recall(run, questions if whole else quick, table)
 
 def lessons(run, questions, table):
-    """What phase 3 draws from, DEC questions in trained wordings first, then echoes (the latent of an answer, and its
-    words): what is read (n, T), its `Thought`s, words to say (n, A), latents to give (n, D); draw() -> rows of a batch.
-    The encoder is frozen, so all that the decoder reads is computed once, before the loop."""
+    """What phase 3 draws from, questions first, then echoes (an answer's latent, and its words): texts (n, T), their
+    `Thought`s, computed once (the encoder is frozen), words to say (n, A), latents to give (n, D), draw() -> rows."""
     cfg, pad, asked = run.cfg, run.corpus.tokenizer.pad, questions.where("DEC", phrasing="trained")
     # echo is of answers alone: with spans of plain text in half of it, LAT facts in new phrasings were said right .65
     # of the time, not .73
@@ -342,8 +341,7 @@ def lessons(run, questions, table):
         """Rows of questions and of echoes, drawn anew."""
         n = cfg.qa_batch_size // cfg.accum
         n_echo = round(n * cfg.echo)
-        return torch.cat((torch.randint(len(asked), (n - n_echo,)),
-                          len(asked) + torch.randint(len(heard), (n_echo,))))
+        return torch.cat((torch.randint(len(asked), (n - n_echo,)), len(asked) + torch.randint(len(heard), (n_echo,))))
     return texts, pool, words, torch.cat((table[answers], table)), draw
 
 def speak(run, questions, table):
