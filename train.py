@@ -208,7 +208,8 @@ def take_step(run, phase, optimizer, loss_at, progress):
     grad = torch.nn.utils.clip_grad_norm_(params, run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if phase == "pretrain" or (phase, run.cfg.distill) == ("distill", "align"):     # where encode() learns
+    # encode() learns from text alone: in phase 1, and where another's text is imitated
+    if phase == "pretrain" or (phase, run.cfg.distill) == ("distill", "align") and run.cfg.align != "thought":
         run.model.ema_update(run.cfg.tau)
     return loss, stats, grad
 

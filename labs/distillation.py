@@ -12,12 +12,14 @@ Expected before the first run: better than from scratch at equal student tokens,
 latents carry more than pooled ones; rounds change nothing; a masked LM teaches text as well or better; an untrained
 teacher makes a student that is like it and knows nothing; the way over the middle is worth nothing.
 
-Students read as many rows of text (48 a step) and questions (128 a step), 800 times: from scratch in phase 1 and then
-in phase 2; aligned in one phase, both in a step; "text of ..." text first, then a phase 2 of their own, taught by
-themselves. Where that is not so the name says it: twice the steps, phase 1 first, equal compute. Equal compute: FLOPs
+Students read 48 rows of text a step, 800 times, and 128 questions a step, 800 times: from scratch in phases 1 and 2;
+"distilled" by --align=tokens+pooled+guess, then --align=thought; "jointly" both in the same 800 steps; "text of ..."
+the text, then a phase 2 of their own, taught by themselves. Where that is not so the name says it: twice the steps,
+thoughts only, equal compute, phase 1 first (800 steps of it before they are distilled). Equal compute: FLOPs
 of phases 1 and 2, the teacher's and what it reads for the student included; where these buy more than the student's
-own, they go into twice (small: four times) the batch and the rest into steps. The large ones have 1,000 + 700 steps.
-Rates are phase 1 and 3 1e-3, phase 2 5e-4, align 1.5e-3 (from the first 150 steps of one seed), the same for all.
+own, they go into twice (small: eight times) the batch and the rest into steps. The large ones have 1,000 + 700 steps.
+Rates are phase 1 and 3 1e-3, phase 2 and thoughts alone 5e-4 ("faster thoughts": 1.5e-3), text and jointly 1.5e-3. That
+rate and the two ways to go were chosen by 150 steps of one seed of a smaller world; no arm was tuned beyond that.
 """
 import dataclasses
 import json
@@ -43,6 +45,8 @@ TINY = {"large": dict(n_embd=32, pred_embd=16, n_layer=2, top_k=2),
         "medium": dict(n_embd=16, pred_embd=16, n_layer=2, top_k=2),
         "small": dict(n_embd=8, pred_embd=8, n_layer=1, top_k=1)}
 STEPS = 800
+# part of a route that imitates -> --align; the text's is Config.text
+IMITATE = dict(text="", thoughts="thought", both="tokens+pooled+thought")
 MASKED_LM = dict(loss="none", mlm=1.0, pred_layer=0, sigreg=0.0)
 
 
@@ -50,10 +54,11 @@ MASKED_LM = dict(loss="none", mlm=1.0, pred_layer=0, sigreg=0.0)
 class Config(train.Config):
     """An arm."""
     size: str = "large"         # large | medium | small
-    route: str = "read answers speak"   # through what it goes: read (phase 1), lm, align, answers (phase 2), speak
+    route: str = "read answers speak"   # through what it goes, see `learn`: read answers speak are phases 1 to 3
+    text: str = "tokens+pooled+guess"   # --align of the part of a route that is called text
     versus: str = "large T-JEPA"        # the arm that it imitates, or is only compared with
-    align_steps: int = STEPS    # of align
-    align_lr: float = 1.5e-3    # its learning rate: from random weights, so higher than phase 2's
+    align_steps: int = STEPS    # of each part that imitates
+    align_lr: float = 1.5e-3    # where they imitate text, from random weights; thoughts alone are phase 2, and as gentle
     every: int = 1              # only each so-manieth question and statement is there: for --fast
 
 def plain(cfg, **changes):
@@ -78,18 +83,21 @@ def teachers(fast):
 
 def students(fast):
     """The second stage, the decisive arms first."""
-    medium, small = (partial(arm_of, fast, size, route="align speak") for size in ("medium", "small"))
-    scratch = dict(route="read answers speak")
-    own = dict(route="align answers speak", align="tokens+pooled")
-    untrained = dict(route="read", pretrain_steps=0)
+    medium, small = (partial(arm_of, fast, size, route="text thoughts speak") for size in ("medium", "small"))
+    scratch, untrained = dict(route="read answers speak"), dict(route="read", pretrain_steps=0)
+    own = dict(route="text answers speak", text="tokens+pooled")        # what a GPT can be asked for too
     return {"medium distilled": medium(), "medium from scratch": medium(**scratch),
             "medium untrained": medium(**untrained),
             "small distilled": small(), "small from scratch": small(**scratch), "small untrained": small(**untrained),
-            "medium pooled": medium(align="pooled+thought"), "medium tokens": medium(align="tokens+thought"),
-            "medium thoughts only": medium(align="thought"),
-            "medium guesses too": medium(align="tokens+pooled+thought+guess"),
+            "medium pooled": medium(text="pooled+guess"), "medium tokens": medium(text="tokens+guess"),
+            "medium without guesses": medium(text="tokens+pooled"),
+            "medium thoughts only": medium(route="thoughts speak"),
+            "medium jointly": medium(route="both speak"),
+            "medium jointly twice the steps": medium(2 * STEPS, route="both speak"),
+            "medium twice the steps": medium(2 * STEPS),
+            "medium phase 1 first": medium(route="read text thoughts speak"),
+            "medium faster thoughts": medium(distill_lr=Config.align_lr),
             "medium 2 rounds": medium(rounds=2), "medium 4 rounds": medium(rounds=4),
-            "medium twice the steps": medium(2 * STEPS), "medium phase 1 first": medium(route="read align speak"),
             "medium by masked LM": medium(versus="large masked LM"),
             "medium by large without phase 1": medium(versus="large without phase 1"),
             "medium text of T-JEPA": medium(**own), "medium text of masked LM": medium(**own, versus="large masked LM"),
@@ -109,12 +117,12 @@ def later(fast, folder, names):
     for name in names:
         size, *_ = name.split()
         if name.endswith("equal compute"):
-            wider = dict(medium=2, small=4)[size]
+            wider = dict(medium=2, small=8)[size]
             times = pflop(f"{size} distilled") / pflop(f"{size} from scratch") / wider
             arms[name] = arm_of(fast, size, round(times * STEPS), batch_size=wider * Config.batch_size,
                                 qa_batch_size=wider * Config.qa_batch_size)
         else:
-            arms[name] = arm_of(fast, size, route="align speak", versus="medium distilled")
+            arms[name] = arm_of(fast, size, route="text thoughts speak", versus="medium distilled")
     return arms
 
 # -- one arm -----------------------------------------------------------------------------------------------------------
@@ -181,23 +189,25 @@ def read_as_lm(cfg, corpus):
     return step_flops(run, "speak", loss_at) * cfg.pretrain_steps
 
 def learn(cfg, part, corpus):
-    """One part of an arm's route, in its folder: (figures, FLOPs before phase 3)."""
+    """One part of an arm's route, in its folder: (figures, FLOPs before phase 3). read, answers and speak are phases 1
+    to 3, lm is the phase 1 of a GPT; text, thoughts and both imitate."""
     if part == "lm":
         return {}, read_as_lm(cfg, corpus)
     if part == "speak":
         return train.run(train.resolve(dict(phase="speak", out=cfg.out)), corpus), 0     # W is as wide as it was taught
-    if part == "align":
-        return imitate(cfg, corpus)
+    if part in IMITATE:
+        return imitate(cfg, part, corpus)
     phase = dict(read="pretrain", answers="distill")[part]
     figures = train.run(plain(cfg, phase=phase), corpus)
     run, saved = open_arm(cfg, cfg.out, corpus)
     more = [questions_of(run), saved["concepts"].to(run.device)] if part == "answers" else []
     return figures, step_flops(run, phase, getattr(train, phase)(run, *more)[0]) * getattr(cfg, f"{phase}_steps")
 
-def imitate(cfg, corpus):
+def imitate(cfg, part, corpus):
     """Align an arm to the one it is held against: (figures, FLOPs). A GPT has no thoughts; train.py knows no GPT."""
-    asked = plain(cfg, phase="distill", distill="align", teacher=f"ckpt:{place(cfg, cfg.versus)}",
-                  distill_steps=cfg.align_steps, distill_lr=cfg.align_lr)
+    rate = cfg.distill_lr if part == "thoughts" else cfg.align_lr
+    asked = plain(cfg, phase="distill", distill="align", align=IMITATE[part] or cfg.text, distill_lr=rate,
+                  teacher=f"ckpt:{place(cfg, cfg.versus)}", distill_steps=cfg.align_steps)
     thinks = cfg.versus != "large GPT"
     figures = train.run(asked, corpus) if thinks else {}
     run, saved = open_arm(cfg, cfg.out, corpus)
@@ -246,7 +256,7 @@ def measure(cfg):
     corpus, other, figures, flops = world(cfg), place(cfg, cfg.versus), {}, 0
     if cfg.every > 1:                                   # --fast: drawing takes longer than all its steps
         evaluate.draw_curves = lambda rows, phases, path: None
-    if "align" in cfg.route.split()[0]:                 # it begins with random weights
+    if cfg.route.split()[0] in IMITATE:                 # it begins with random weights
         train.run(plain(cfg, phase="pretrain", pretrain_steps=0), corpus)
     for part in cfg.route.split():
         found, cost = learn(cfg, part, corpus)
@@ -254,7 +264,7 @@ def measure(cfg):
     mine = open_arm(cfg, cfg.out, corpus)[0]
     if other != Path(cfg.out):
         figures |= likeness(mine, open_arm(cfg, other, corpus)[0])
-    if "align" in cfg.route:
+    if IMITATE.keys() & set(cfg.route.split()):
         flops += json.loads((other / "result.json").read_text())["pflop"] * 1e15
     size = sum(p.numel() for p in (mine.model if "lm" in cfg.route else mine.model.target).parameters())
     return figures | probes(mine) | dict(pflop=flops / 1e15, millions=size / 1e6)
@@ -294,6 +304,9 @@ QUESTIONS = [
     ("25: the same, small", "small distilled", "small from scratch equal compute"),
     ("25: token latents against pooled ones", "medium tokens", "medium pooled"),
     ("25: with text against thoughts alone", "medium distilled", "medium thoughts only"),
+    ("25: text, then thoughts, against jointly", "medium distilled", "medium jointly"),
+    ("25: with guesses against without", "medium distilled", "medium without guesses"),
+    ("25: a teacher that has read against one without phase 1", "medium distilled", "medium by large without phase 1"),
     ("25: trained text against untrained", "medium text of T-JEPA", "medium text of untrained"),
     ("26: 2 rounds against 1", "medium 2 rounds", "medium distilled"),
     ("26: 4 rounds against 1", "medium 4 rounds", "medium distilled"),

@@ -252,9 +252,9 @@ def test_the_students_encoders_have_a_quarter_and_a_sixteenth_of_the_parameters(
 
 def test_arms_read_as_many_texts_and_questions_unless_their_name_says_otherwise():
     for name, cfg in lab.students(False).items():
-        route = cfg.route.split()
-        texts = cfg.pretrain_steps * ("read" in route) + cfg.align_steps * ("align" in route and cfg.align != "thought")
-        asks = cfg.distill_steps * ("answers" in route) + cfg.align_steps * ("align" in route and "thought" in cfg.align)
+        route, imitates = cfg.route.split(), cfg.align_steps
+        texts = sum(dict(read=cfg.pretrain_steps, text=imitates, both=imitates).get(part, 0) for part in route)
+        asks = sum(dict(answers=cfg.distill_steps, thoughts=imitates, both=imitates).get(part, 0) for part in route)
         if not any(word in name for word in ("twice", "phase 1 first", "untrained", "thoughts only")):
             assert (texts, asks) == (lab.STEPS, lab.STEPS), name
         assert (cfg.batch_size, cfg.qa_batch_size, cfg.speak_steps, cfg.alpha_start) == (48, 128, 500, 0.0)
