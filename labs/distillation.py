@@ -56,9 +56,9 @@ class Config(train.Config):
     size: str = "large"         # large | medium | small
     route: str = "read answers speak"   # through what it goes, see `learn`: read answers speak are phases 1 to 3
     text: str = "tokens+pooled+guess"   # --align of the part of a route that is called text
-    versus: str = "large T-JEPA"        # the arm that it imitates, or is only compared with
+    versus: str = "large T-JEPA"        # the large arm that a student imitates, or is only compared with
     align_steps: int = STEPS    # of each part that imitates
-    align_lr: float = 1.5e-3    # where they imitate text, from random weights; thoughts alone are phase 2, and as gentle
+    align_lr: float = 1.5e-3    # where they imitate text; thoughts alone are a phase 2 and as gentle
     every: int = 1              # only each so-manieth question and statement is there: for --fast
 
 def plain(cfg, **changes):
@@ -262,7 +262,7 @@ def measure(cfg):
         found, cost = learn(cfg, part, corpus)
         figures, flops = figures | found, flops + cost
     mine = open_arm(cfg, cfg.out, corpus)[0]
-    if other != Path(cfg.out):
+    if cfg.size != "large":                             # those may still be trained beside this one
         figures |= likeness(mine, open_arm(cfg, other, corpus)[0])
     if IMITATE.keys() & set(cfg.route.split()):
         flops += json.loads((other / "result.json").read_text())["pflop"] * 1e15
