@@ -8,7 +8,8 @@ Both read the same unlabelled text, and the same questions of phase 2, without a
     thought  what the teacher thinks at a question: so that the student answers too, in the teacher's space
     guess    what the teacher thinks would follow a text
 Each is MSE over the variance of its target, 1 - R2: so they need no weights. The answers keep the latents that the
-teacher was taught, and the student's decoder learns to say them in phase 3.
+teacher was taught, and the decoder of the student learns to say them in phase 3. Text may come first and thoughts in a
+second phase 2: between the two R@1 means nothing.
 """
 from typing import NamedTuple
 
