@@ -27,7 +27,7 @@ import align
 import data
 import evaluate
 import tjepa
-from flags import read_flags
+from flags import pick_device, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 1                      # of the checkpoint; raised when an older program could not read a newer file
@@ -109,20 +109,6 @@ def same_run(out, saved, asked):
         if name in asked and asked[name] != saved[name]:
             raise ValueError(f"--{name}={asked[name]}, but the run in --out={out} has {name}={saved[name]}: leave the "
                              "flag as it was, or start another run with another --out")
-
-def pick_device(cfg):
-    """(device, autocast dtype or None), and a line that says why."""
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if cfg.device != "auto" and not has[cfg.device]:
-        raise ValueError(f"--device={cfg.device}: this machine has none that torch can use; take --device=auto or cpu")
-    device = next(name for name in has if has[name]) if cfg.device == "auto" else cfg.device
-    fast = dict(cuda=torch.cuda.is_bf16_supported, cpu=torch.cpu._is_amx_tile_supported, mps=bool)[device]()
-    bf16 = fast if cfg.dtype == "auto" else cfg.dtype == "bf16"
-    why = dict(cuda="a GPU is there", mps="an Apple GPU is there", cpu="no GPU is there")[device]
-    gain = "as asked" if cfg.dtype != "auto" else "faster on this hardware" if fast else "bf16 gains nothing here"
-    why = why if cfg.device == "auto" else "as asked"
-    print(f"device {device} ({why}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
-    return device, torch.bfloat16 if bf16 else None
 
 # -- checkpoints, and the model that fits one --------------------------------------------------------------------------
 def save_checkpoint(out, checkpoint):
