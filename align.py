@@ -84,7 +84,9 @@ class Teacher(NamedTuple):
         if shown:
             torch.manual_seed(0)        # the same rows when a run is resumed
             mean, turn = axes(*latents(run.corpus.train.batch(512).to(run.device)), model.cfg.n_embd, shown)
-        known = thoughts(questions.tokens[taught]) if "thought" in parts else None          # (n, D), once: they stay
+        asked = questions.tokens[taught]                                                    # (n, T)
+        known = thoughts(asked) if "thought" in parts else None                             # (n, D), once: they stay
+        lengths = (asked != theirs.pad).sum(1).cpu()    # a batch ends with its longest row
 
         def loss_at(progress):
             """Rows of text and questions that are taught, drawn anew."""
@@ -97,7 +99,8 @@ class Teacher(NamedTuple):
                 mine = model.encode(rows, online=True).float()[..., :target.size(-1)]       # (B, T, width)
                 pairs["tokens"], pairs["pooled"] = (mine, target), (pool(mine, real), pool(target, heard))
             if "thought" in parts:
-                pairs["thought"] = model.think(questions.tokens[taught[which]], cfg.question_drop).latent, known[which]
+                some = asked[which, :lengths[which].max()]
+                pairs["thought"] = model.think(some, cfg.question_drop).latent, known[which]
             if "guess" in parts:
                 pairs["guess"] = model.think(rows).latent, thoughts(rows)
             fits = []                                                                       # R2 of each part

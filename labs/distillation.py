@@ -35,7 +35,7 @@ import evaluate
 import train
 from align import Teacher
 from labs.arms import main, markdown, publish, run_arms, table
-from labs.controls import GPT
+from labs.controls import Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
 
@@ -126,12 +126,6 @@ def later(fast, folder, names):
     return arms
 
 # -- one arm -----------------------------------------------------------------------------------------------------------
-class Reader(GPT):
-    """A GPT that is imitated: its last states are its latents."""
-    def encode(self, tokens):
-        """(B, T) -> (B, T, C)."""
-        return self.states(tokens)
-
 def place(cfg, arm):
     """Folder of another arm of the same seed."""
     return Path(cfg.out).parent / f"{arm}_{cfg.seed}"
@@ -148,7 +142,7 @@ def open_arm(cfg, folder, corpus):
     if "encoder.embed.weight" in saved["model"]:
         model = train.build(theirs, tokenizer, saved["model"])
     else:
-        model = Reader(dataclasses.replace(theirs, vocab_size=tokenizer.vocab_size), theirs.block_size)
+        model = Reader(dataclasses.replace(theirs, vocab_size=tokenizer.vocab_size))
         model.load_state_dict(saved["model"])
     return train.Run(theirs, model.to(device), corpus, device, dtype), saved
 
@@ -172,21 +166,17 @@ def fit_apart(run, phase, loss_at, saved):
 
 def read_as_lm(cfg, corpus):
     """Phase 1 of a GPT: next tokens of the same rows. Returns its FLOPs."""
-    start = plain(cfg, phase="pretrain", pretrain_steps=0)
-    train.run(start, corpus)                            # for a checkpoint that holds its tokenizer
+    train.run(plain(cfg, phase="pretrain", pretrain_steps=0), corpus)       # for a checkpoint that holds its tokenizer
     run, saved = open_arm(cfg, cfg.out, corpus)
     torch.manual_seed(cfg.seed)
-    model = Reader(dataclasses.replace(start, vocab_size=run.corpus.tokenizer.vocab_size), cfg.block_size)
-    steps = dict(speak_steps=cfg.pretrain_steps, speak_lr=cfg.pretrain_lr, out=cfg.out)      # a phase without an EMA
-    run = run._replace(cfg=plain(cfg, **steps), model=model.to(run.device))
+    model = Reader(dataclasses.replace(run.cfg, vocab_size=corpus.tokenizer.vocab_size)).to(run.device)
+    run = run._replace(cfg=plain(cfg), model=model)
 
     def loss_at(progress):
-        """Cross-entropy of rows of text, drawn anew."""
-        rows = run.corpus.train.batch(cfg.batch_size).to(run.device, non_blocking=True)                 # (B, T)
-        loss = model(rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == model.cfg.pad, -1).contiguous())[1]
-        return loss, dict(token=loss.detach())
-    fit_apart(run, "speak", loss_at, saved)
-    return step_flops(run, "speak", loss_at) * cfg.pretrain_steps
+        """Rows of text, drawn anew."""
+        return model.pretrain_loss(corpus.train.batch(cfg.batch_size).to(run.device, non_blocking=True))
+    fit_apart(run, "pretrain", loss_at, saved)
+    return step_flops(run, "pretrain", loss_at) * cfg.pretrain_steps
 
 def learn(cfg, part, corpus):
     """One part of an arm's route, in its folder: (figures, FLOPs before phase 3). read, answers and speak are phases 1

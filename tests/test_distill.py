@@ -13,8 +13,8 @@ from labs import distillation as lab
 from labs.measures import cka
 from tests.toy import FLAGS, write_corpus
 
-SMALL = dict(n_embd=24, pred_embd=16, pretrain_steps=0, distill="align", distill_steps=180, speak_steps=100, distill_lr=8e-3,
-             alpha_start=0.0)
+SMALL = dict(n_embd=24, pred_embd=16, pretrain_steps=0, distill="align", distill_steps=180, speak_steps=100,
+             distill_lr=8e-3, alpha_start=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def student(folder, name, **changes):
 def opened(cfg):
     """Model and checkpoint of a run."""
     saved = train.load_checkpoint(cfg.out)
-    return train.build(train.Config(**saved["config"]), data.Tokenizer.from_state(saved["tokenizer"]), saved["model"]), saved
+    tokenizer = data.Tokenizer.from_state(saved["tokenizer"])
+    return train.build(train.Config(**saved["config"]), tokenizer, saved["model"]), saved
 
 def asked(cfg):
     """What align works on, untrained: (Run, Questions, Teacher)."""
@@ -55,7 +56,7 @@ def asked(cfg):
     return train.Run(cfg, model, corpus, "cpu", None), questions, teacher
 
 
-# -- imitation ------------------------------------------------------------------------------------------------------------
+# -- imitation ---------------------------------------------------------------------------------------------------------
 
 def test_a_student_of_another_width_answers_and_is_like_its_teacher(toy):
     """It saw no answer in phase 2; its latents of text are the teacher's, those of an untrained one are not."""
@@ -145,7 +146,7 @@ def test_axes_keep_the_shape_of_the_widest_directions():
     assert align.axes(latents, real, 20, ("tokens", "pooled"))[1].shape == (12, 12)     # a wider student
 
 
-# -- another tokenizer ------------------------------------------------------------------------------------------------------
+# -- another tokenizer -------------------------------------------------------------------------------------------------
 
 def test_another_vocabulary_can_be_taught_by_whole_texts_but_not_by_tokens(toy):
     folder, *_ = toy
@@ -168,7 +169,7 @@ def test_the_teacher_reads_the_same_text_in_its_own_tokens(toy):
     assert teacher.read(rows, teacher.tokenizer) is rows
 
 
-# -- rounds, resuming ------------------------------------------------------------------------------------------------------
+# -- rounds, resuming --------------------------------------------------------------------------------------------------
 
 def test_a_round_begins_with_a_fresh_optimizer_and_schedule(toy, monkeypatch):
     folder, *_ = toy
@@ -215,7 +216,7 @@ def test_a_student_can_be_asked(toy, capsys):
     assert capsys.readouterr().out.splitlines()[2].endswith("green")
 
 
-# -- bad input -------------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, error", [
     (dict(teacher="self"), "--distill=align imitates a run.*--teacher=ckpt:DIR"),
@@ -239,7 +240,7 @@ def test_a_bad_flag_names_itself(changes, error):
         train.Config(**changes)
 
 
-# -- the lab -----------------------------------------------------------------------------------------------------------------
+# -- the lab -----------------------------------------------------------------------------------------------------------
 
 def test_the_students_encoders_have_a_quarter_and_a_sixteenth_of_the_parameters():
     """Embedding and blocks, without EMA copy, predictor and decoder."""
