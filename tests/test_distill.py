@@ -140,9 +140,9 @@ def test_axes_keep_the_shape_of_the_widest_directions():
     assert cka(turned, z) > 0.9999
     spread = turned.std(0)
     assert spread[0] >= spread[1] >= spread[2] > 0.01
-    big, _ = align.axes(latents * torch.tensor([100.0] + [1.0] * 11), real, 3, ("tokens",))
-    again = align.axes(latents * torch.tensor([100.0] + [1.0] * 11), real, 3, ("tokens",))[1]
-    torch.testing.assert_close(again * torch.tensor([100.0] + [1.0] * 11)[:, None], turn, atol=1e-4, rtol=1e-3)
+    units = torch.tensor([100.0] + [1.0] * 11)
+    other = align.axes(latents * units, real, 3, ("tokens",))[1]
+    torch.testing.assert_close(other * units[:, None], turn, atol=1e-4, rtol=1e-3)
     assert align.axes(latents, real, 20, ("tokens", "pooled"))[1].shape == (12, 12)     # a wider student
 
 
