@@ -92,8 +92,9 @@ def table(rows, arms, columns):
             return "not measured"
         if isinstance(values[0], str):
             return ", ".join(sorted(set(values)))
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else " (1 seed)"
-        return f"{statistics.mean(values):.3f}{spread}"
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        few = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(values), "")            # three are what is asked for
+        return f"{statistics.mean(values):.3f}{spread}{few}"
     seen = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
     return markdown([["arm", *columns], *([arm, *(cell(arm, name) for name in columns.values())] for arm in seen)])
 
