@@ -1,4 +1,4 @@
-"""Command-line flags from a dataclass: one flag a field, the field's comment is its help. And what --device=auto means."""
+"""Command-line flags from a dataclass: one a field, the field's comment is its help. And what --device=auto means."""
 import argparse
 import dataclasses
 import difflib
