@@ -382,3 +382,10 @@ def test_the_table_of_facts_is_as_large_and_varied_as_promised():
     for relation in relations:
         count = {kind: sum(t[:2] == [relation, kind] for t in templates) for kind in ("statement", "question", "heldout")}
         assert count["statement"] >= 8 and count["question"] + count["heldout"] >= 10 and count["heldout"] >= 2
+
+
+def test_a_grounded_predictor_is_as_wide_as_the_encoder_in_any_preset():
+    for preset in train.PRESETS:
+        cfg = train.resolve(dict(recipe="grounded", preset=preset))
+        assert cfg.pred_embd == cfg.n_embd and cfg.mlm > 0
+    assert train.resolve({}).pred_embd < train.Config.n_embd and train.resolve(dict(recipe="paper")).mlm == 0
