@@ -37,6 +37,7 @@ import train
 from data.facts import prepare
 from labs import teachers
 from labs.arms import main, publish, run_arms, table
+from labs.controls import MaskedLM
 from labs.llm_jepa import join
 
 SEVERAL = 10        # the first seed of the levers
@@ -129,6 +130,10 @@ def relabel(questions, split):
     return part
 
 # -- figures -----------------------------------------------------------------------------------------------------------
+def as_trained(run):
+    """The run, asked for what it was trained for: a masked LM for tokens, as its latent predictions never learned."""
+    return run._replace(model=MaskedLM(run.model, mean=True)) if run.cfg.loss == "none" else run
+
 def energies(run, subject, values, wordings):
     """Energy of each value (A strings) in statements (W templates) about a subject: (W, A)."""
     gaps, tokenizer = [prepare.sentence(template, subject).split("{a}") for template in wordings], run.corpus.tokenizer
@@ -200,7 +205,8 @@ def t_jepa(cfg):
             (Path(cfg.out) / phase).mkdir(exist_ok=True)
             shutil.copy(Path(cfg.out) / "ckpt.pt", Path(cfg.out) / phase)
         if phase == "pretrain" and cfg.teacher == "self" and not cfg.shift:
-            figures |= ranked(open_run(cfg)[0], cfg.every)
+            asked = as_trained(open_run(cfg)[0])
+            figures |= ranked(asked, cfg.every) | evaluate.cloze(asked, "capital")
     return figures | readouts(*open_run(cfg))
 
 def speak_otherwise(cfg):
