@@ -3,7 +3,8 @@ What the figures mean: one definition each, in one place. And the picture that i
 
 r2      1 - MSE(prediction, target) / MSE(mean target, target): 0 knows the average only
 hit1    share of predicted span latents whose nearest target in the batch is their own; chance stands beside it
-cloze   share of held-out statements whose own answer has the lowest energy among all values that its relation takes
+cloze   share of held-out statements whose own answer has the lowest energy among those that the text names; _all: among
+        all values that its relation takes in facts.tsv
 r1, mrr rank of the answer's latent, seen from the thought, among the answers of its relation
 em      exact match of greedy speech, over-generation counts as wrong
 std, rank, cos, pos are `tjepa.latent_health`; auroc, abstain and threshold are in `abstention`.
@@ -191,7 +192,7 @@ class Log:
         """Append one row."""
         self.rows.append(row)
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+            csv.DictWriter(file, self.COLUMNS, lineterminator="\n").writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                                                          for name, value in row.items()})
 
     def last(self):

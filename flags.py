@@ -49,7 +49,8 @@ def pick_device(cfg):
     if cfg.device != "auto" and not has[cfg.device]:
         raise ValueError(f"--device={cfg.device}: this machine has none that torch can use; take --device=auto or cpu")
     device = next(name for name in has if has[name]) if cfg.device == "auto" else cfg.device
-    fast = dict(cuda=torch.cuda.is_bf16_supported, cpu=torch.cpu._is_amx_tile_supported, mps=bool)[device]()
+    fast = dict(cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                cpu=torch.cpu._is_amx_tile_supported, mps=lambda: False)[device]()
     bf16 = fast if cfg.dtype == "auto" else cfg.dtype == "bf16"
     why = dict(cuda="a GPU is there", mps="an Apple GPU is there", cpu="no GPU is there")[device]
     gain = "as asked" if cfg.dtype != "auto" else "faster on this hardware" if fast else "bf16 gains nothing here"

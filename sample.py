@@ -21,8 +21,8 @@ import torch
 import evaluate
 import tjepa
 from data import Tokenizer
-from flags import read_flags
-from train import PHASES, Config, Run, build, load_checkpoint, pick_device
+from flags import pick_device, read_flags
+from train import PHASES, Config, Run, build, load_checkpoint
 
 
 @dataclasses.dataclass

@@ -48,7 +48,7 @@ class Config:
     mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
     ema_half_life: float = 100  # steps after which half of the target is newer; 0: it is the online one, inf: frozen
     stop_gradient: bool = True  # off: targets are the online encoder's own, and learn to be easy: a collapse
-    teacher_width: int = 0      # width of the teacher's answer latents; 0 = the model's own target encoder
+    teacher_width: int = 0      # of answer latents, 0 = the own target encoder's; phase 2 sets it by --teacher
     question_drop: float = 0.2  # share of question tokens dropped in phase 2, so that no single wording is leaned on
     memory: str = "thought"     # what the decoder reads: tokens | thought | both
     n_slots: int = 4            # memory slots a thought is spread over; 1 makes its attention a constant
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (n, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, rope=None, memory=None, mask=None, causal=False, cache=None):
-        """x (B, T, C) -> (B, T, C). mask: bool (B, 1, 1, keys), True where a key may be read. cache: a dict or None."""
+        """x (B, T, C) -> (B, T, C). mask: True where a key may be read, (B, 1, 1, keys). cache: a dict, first empty."""
         B, T, C = x.shape
         if memory is None:
             q, k, v = self.heads(self.qkv(x), 3)                        # one fused matmul
@@ -228,7 +228,7 @@ class Predictor(nn.Module):
             x = block(x, rope, mask=mask)
         return self.leave(self.norm(x[:, context.size(1):]))                            # (B, K, C)
 
-# -- phase 3: say it ---------------------------------------------------------------------------------------------------
+# -- phases 2 and 3: a thought, and who says it ------------------------------------------------------------------------
 class Thought(NamedTuple):
     """What there is to say, before any word."""
     latent: torch.Tensor    # (B, D) the predicted latent of the answer, in the teacher's space

@@ -45,13 +45,13 @@ class Config(tjepa.Config):
     qa: str = ""                # your own questions for phases 2 and 3: a file of lines: question, tab, answer
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, needs a download once
     teacher: str = "self"       # who says what an answer's latent is: self (the target encoder) | ckpt:DIR | an .npz
-    distill: str = "answers"    # phase 2: answers | align: imitate --teacher=ckpt:DIR; phase 1 first, if of 0 steps
+    distill: str = "answers"    # phase 2: answers | align: imitate --teacher=ckpt:DIR, after phase 1 (of 0 steps)
     align: str = "tokens+pooled+thought"  # what align compares, joined by +: tokens | pooled | thought | guess
     rounds: int = 1             # equal parts of phase 2: each begins with a fresh optimizer, where the last one ended
     seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
-    compile: bool = False       # torch.compile: minutes of waiting first, then faster steps on a GPU
+    compile: bool = False       # torch.compile of phase 1: minutes of waiting first, then faster steps on a GPU
     resume: bool = False        # go on where the run in --out stopped; ends bit-identical to an uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1: steadier steps, linearly more time
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
@@ -76,10 +76,12 @@ class Config(tjepa.Config):
                        dtype=("auto", "fp32", "bf16"))
         tjepa.check(self, (
             *((name, allowed.__contains__, f"one of {', '.join(allowed)}") for name, allowed in choices.items()),
-            ("align", lambda v: set(v.split("+")) <= {*align.PARTS}, f"some of {', '.join(align.PARTS)}, joined by +"),
+            ("align", lambda v: sorted({*v.split("+")} & {*align.PARTS}) == sorted(v.split("+")),
+             f"some of {', '.join(align.PARTS)}, joined by +"),
             ("batch_size qa_batch_size accum eval_every rounds", lambda v: v >= 1, "1 or more"),
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
             ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: v >= 0, "0 or more"),
+            ("rounds", lambda v: self.distill_steps % v == 0, f"a divisor of distill_steps = {self.distill_steps}"),
             ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
@@ -205,7 +207,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     save(step, optimizer) writes a checkpoint. ValueError when the loss stops being a number."""
     cfg, optimizer = run.cfg, optimizer_for(run, phase, optimizer_state)
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
-    length = math.ceil(steps / (cfg.rounds if phase == "distill" else 1))           # of a round
+    length = steps // (cfg.rounds if phase == "distill" else 1)                     # of a round
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
     figures, since, last = {}, time.perf_counter(), start
@@ -221,7 +223,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         bar.set_postfix({name: f"{shown[name]:.3g}" if isinstance(shown[name], float) else shown[name] for name in
                          ("loss", "r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout") if name in shown})
 
-    if not start:                       # what a phase starts from stands beside what it reaches
+    if not start and not optimizer_state:       # what a phase starts from stands beside what it reaches, once
         figures = measure(not steps)
         report(dict(phase=phase, step=0, tokens=0), True)
     for step in range(start, steps):
@@ -278,11 +280,13 @@ def teacher_vectors(cfg, answers):
 def open_teacher(cfg, answers):
     """The T-JEPA that --distill=align imitates, and what it was taught of some answers (A strings): `align.Teacher`."""
     if not cfg.teacher.startswith("ckpt:"):
-        raise ValueError(f"--distill=align imitates a run: give its folder, --teacher=ckpt:DIR, not {cfg.teacher}")
+        raise ValueError(f"--distill=align imitates a run: give its folder, --teacher=ckpt:DIR, not {cfg.teacher}; "
+                         "or take --distill=answers")
     saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
     known, tokenizer = saved["answers"] or [], data.Tokenizer.from_state(saved["tokenizer"])
     if missing := set(answers) - set(known):
-        raise ValueError(f"--teacher={cfg.teacher} was not taught '{min(missing)}': run its --phase=distill first")
+        raise ValueError(f"--teacher={cfg.teacher} was not taught '{min(missing)}': teach it the same answers first, "
+                         "with its --phase=distill")
     return align.Teacher(build(Config(**saved["config"]), tokenizer, saved["model"]), tokenizer,
                          saved["concepts"][[known.index(answer) for answer in answers]])
 
@@ -296,7 +300,7 @@ def teach(run, questions, vectors):
     model = run.model
     table = model.concept(questions.answer_tokens) if vectors is None else vectors.to(run.device)
     model.concept_mean.copy_(table.mean(0))
-    model.concept_std.copy_(table.std(0).clamp(min=1e-3))
+    model.concept_std.copy_(table.std(0, correction=0).clamp(min=1e-3))
     return standardise(model, table)
 
 def distill(run, questions, table):
@@ -315,8 +319,7 @@ def lessons(run, questions, table):
     """What phase 3 draws from, questions first, then echoes (an answer's latent, and its words): texts (n, T), their
     `Thought`s, computed once (the encoder is frozen), words to say (n, A), latents to give (n, D), draw() -> rows."""
     cfg, pad, asked = run.cfg, run.corpus.tokenizer.pad, questions.where("DEC", phrasing="trained")
-    # echo is of answers alone: with spans of plain text in half of it, LAT facts in new phrasings were said right .65
-    # of the time, not .73
+    # echo is of answers alone: spans of plain text in half of it cost LAT facts in new phrasings .08 when it was tried
     heard, answers = questions.answer_tokens, questions.answer_of[asked]
     texts = pad_sequence([*questions.tokens[asked], *heard], batch_first=True, padding_value=pad)
     pool = evaluate.think_all(run, texts)
@@ -391,10 +394,12 @@ def run(cfg, corpus=None):
     this = Run(cfg, build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh).to(device), corpus, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    if not checkpoint and (out / "ckpt.pt").exists():
+    anew = not cfg.resume and (not checkpoint or PHASES.index(checkpoint["phase"]) >= PHASES.index(phases[0]))
+    if anew and (out / "ckpt.pt").exists():
         (out / "ckpt.pt").replace(out / "ckpt.previous.pt")
-        print(f"the run that was there is kept as {out / 'ckpt.previous.pt'}")
-    log = evaluate.Log(out, checkpoint.get("rows", []))
+        print(f"the run that was there is kept as {out / 'ckpt.previous.pt'}, until a phase is begun anew once more")
+    log = evaluate.Log(out, [row for row in checkpoint.get("rows", [])      # less what a phase begun anew makes stale
+                             if cfg.resume or PHASES.index(row["phase"]) < PHASES.index(phases[0])])
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(),
                  corpus=corpus.fingerprint, answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
     for phase in phases[phases.index(checkpoint["phase"]) if cfg.resume else 0:]:

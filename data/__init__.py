@@ -106,7 +106,7 @@ def read_text(path):
     if b"\0" in raw:
         raise ValueError(f"--data={path} is a binary file (zero byte at position {raw.index(bytes(1))}): give plain text")
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")              # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"--data={path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
 
@@ -114,7 +114,7 @@ def read_text(path):
 def read_qa(path, tokenizer, block_size, answer_size):
     """A student's own pairs, question <tab> answer a line. All are taught; the file's relation is 'qa'."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ValueError(f"--qa={path}: {error.strerror or error}; give a file of lines: question, tab, answer") from None
     except UnicodeDecodeError as error:

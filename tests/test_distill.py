@@ -221,7 +221,7 @@ def test_a_student_can_be_asked(toy, capsys):
 @pytest.mark.parametrize("changes, error", [
     (dict(teacher="self"), "--distill=align imitates a run.*--teacher=ckpt:DIR"),
     (dict(teacher="ckpt:nowhere"), "no checkpoint in --teacher=ckpt:nowhere"),
-    (dict(teacher="ckpt:{}/read"), "was not taught.*--phase=distill first"),
+    (dict(teacher="ckpt:{}/read"), "was not taught.*--phase=distill"),
     (dict(block_size=40), "--block_size=40.*lower it to 32")])
 def test_who_cannot_teach_is_refused_in_one_line(toy, changes, error):
     folder, *_ = toy

@@ -389,3 +389,28 @@ def test_a_grounded_predictor_is_as_wide_as_the_encoder_in_any_preset():
         cfg = train.resolve(dict(recipe="grounded", preset=preset))
         assert cfg.pred_embd == cfg.n_embd and cfg.mlm > 0
     assert train.resolve({}).pred_embd < train.Config.n_embd and train.resolve(dict(recipe="paper")).mlm == 0
+
+
+def test_a_phase_begun_anew_keeps_what_was_there_and_shows_no_figure_of_it(tmp_path):
+    write_corpus(tmp_path)
+    out = tmp_path / "run"
+    flags = FLAGS | dict(data=str(tmp_path / "text.txt"), qa=str(tmp_path / "qa.tsv"), out=str(out), distill_steps=2,
+                         speak_steps=2, pretrain_steps=2)
+    train.run(train.Config(**flags))
+    spoken = train.load_checkpoint(out)
+    figures = train.run(train.resolve(dict(phase="distill", out=str(out), distill_steps=4)))
+    assert "em_DEC" not in figures and "r1_DEC" in figures and figures["step"] == 4
+    assert {row["phase"] for row in train.load_checkpoint(out)["rows"]} == {"pretrain", "distill"}
+    (out / "ckpt.pt").unlink()
+    (out / "ckpt.previous.pt").rename(out / "ckpt.pt")
+    assert train.load_checkpoint(out)["phase"] == "speak" and train.load_checkpoint(out)["rows"] == spoken["rows"]
+
+
+def test_one_answer_alone_is_taught_without_a_number_that_is_none(tmp_path):
+    write_corpus(tmp_path)
+    (tmp_path / "one.tsv").write_text("\ufeffWhat is it?\tgreen\nAnd that?\tgreen\n", encoding="utf-8")
+    flags = FLAGS | dict(data=str(tmp_path / "text.txt"), qa=str(tmp_path / "one.tsv"), out=str(tmp_path / "run"),
+                         distill_steps=2, speak_steps=2, pretrain_steps=2)
+    figures = train.run(train.Config(**flags))
+    assert figures["r1_DEC"] == 1.0 and figures["loss"] == figures["loss"]
+    assert train.data.read_qa(tmp_path / "one.tsv", train.data.load(train.Config(**flags)).tokenizer, 32, 8)[0].question == "What is it?"
