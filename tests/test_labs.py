@@ -59,6 +59,7 @@ def test_table_shows_mean_and_spread_and_says_what_is_missing():
     text = arms.table(rows, ARMS, {"the score": "score"})
     assert "| a | 2.000 ± 1.000 |" in text and "| b | not measured |" in text
     assert "(1 seed)" in arms.table(rows[:1], ARMS, {"the score": "score"})
+    assert "| a | 1.500 ± 0.707 (2 seeds) |" in arms.table(rows[:2], ARMS, {"the score": "score"})
 
 
 def test_a_table_is_written_between_its_markers_only(tmp_path):
