@@ -192,8 +192,8 @@ class Log:
         """Append one row."""
         self.rows.append(row)
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS, lineterminator="\n").writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                                                         for name, value in row.items()})
+            writer = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
 
     def last(self):
         """The newest value of each column: what a run returns."""
