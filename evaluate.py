@@ -193,7 +193,7 @@ class Log:
         self.rows.append(row)
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
 
     def last(self):
         """The newest value of each column: what a run returns."""

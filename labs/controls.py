@@ -21,7 +21,7 @@ class GPT(nn.Module):
         self.apply(self.init_weights)
 
     def trained_in(self, phase):
-        """All of it, whatever the phase: so `train.fit` trains it. The embedding is the head too: decayed, as nanoGPT's."""
+        """All of it, whatever the phase, so that `train.fit` trains it; decayed the embedding too, as in nanoGPT."""
         return list(self.children())
 
     def layers(self, tokens, positions=None, mask=None, caches=None):
