@@ -34,7 +34,7 @@ class Config:
     positions: str = "rotary"   # rotary | learned: those are added to the latents, and so to what is predicted
     init_std: float = 0.0       # of weight matrices; 0 = 1 / sqrt(fan-in). GPT-2's 0.02 makes narrow models collapse
     pred_layer: int = 2         # predictor depth; too shallow: the encoder has to guess. 0 = none: it fills in [MASK]s
-    pred_embd: int = 64         # predictor width: narrow, so that knowledge stays in the encoder; 0 = as wide as that
+    pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
     mask_ratio: float = 0.35    # share of tokens removed: higher is harder, and cheaper for the online encoder
@@ -56,7 +56,6 @@ class Config:
     memory_drop: float = 0.0    # with memory=both: share of phase 3's rows without token latents, to lean on thoughts
 
     def __post_init__(self):
-        self.pred_embd = self.pred_embd or self.n_embd
         check(self, (
             ("n_layer n_head n_embd pred_embd dec_layer max_span top_k n_slots", lambda v: v >= 1, "1 or more"),
             ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),

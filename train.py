@@ -90,7 +90,7 @@ PRESETS = dict(
     laptop=dict(facts="all", vocab_size=4096, pretrain_steps=800, distill_steps=1200, speak_steps=1200, eval_every=400),
     gpu=dict(facts="all", vocab_size=4096, n_embd=384, n_head=6, n_layer=6, pred_embd=192, batch_size=256,
              qa_batch_size=512, pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
-RECIPES = dict(default={}, grounded=dict(mlm=1.0, pred_embd=0), paper=dict(
+RECIPES = dict(default={}, grounded=dict(mlm=1.0, pred_layer=0), paper=dict(
     target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0, mlm=0.0))
 # what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
 FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions".split())

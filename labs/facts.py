@@ -374,7 +374,7 @@ READ = {        # arms with a phase 1 of their own
     "recipe=paper": Config(**train.RECIPES["paper"]),
     "masked LM": Config(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
     "default + masked LM": Config(mlm=1.0),
-    "no predictor + masked LM": Config(mlm=1.0, pred_layer=0),
+    "wide predictor + masked LM": Config(mlm=1.0, pred_embd=128),
     "no predictor + .3 masked LM": Config(mlm=0.3, pred_layer=0),
     "read three times as long": Config(pretrain_steps=2400),
     "text in 12 wordings": Config(text="wordings"),
