@@ -259,6 +259,14 @@ def test_the_text_with_questions_asks_dec_alone(corpus):
     assert not [question for question in held if question in words]
 
 
+def test_the_commonest_answer_is_right_where_it_is_common_and_nowhere_else(tmp_path, corpus):
+    figures = facts.constant(facts.Config(out=str(tmp_path / "x_0")))
+    assert 0.05 < figures["em_LAT_heldout"] < 0.2 and 0.05 < figures["em_TXT_heldout"] < 0.2
+    fact = {(row.relation, row.subject): row.answer for row in corpus.qa if row.split == "DEC"}
+    assert figures["em_DEC_heldout"] > 1 / len(set(fact.values()))      # it can say DEC answers alone, one a relation
+    assert figures["em_DEC_heldout"] < 0.3
+
+
 def test_a_masked_lm_is_asked_for_tokens(corpus):
     tokens = torch.full((2, 12), 5)
     spans = torch.full((2, 12), tjepa.Config().max_spans).index_fill(1, torch.tensor([4, 5]), 0)
