@@ -259,6 +259,26 @@ def test_the_text_with_questions_asks_dec_alone(corpus):
     assert not [question for question in held if question in words]
 
 
+@pytest.mark.parametrize("told", ["DEC", "DEC LAT"])
+def test_the_gpt_is_told_the_answers_that_it_says_it_is_told(corpus, questions, told):
+    heard = set()
+
+    class Listener:
+        """In place of a GPT: keeps what it is asked to say."""
+        cfg = dataclasses.replace(tjepa.Config(), vocab_size=corpus.tokenizer.vocab_size)
+
+        def __call__(self, tokens, goals):
+            heard.update(corpus.tokenizer.decode([i for i in row if i >= 0]).strip() for row in goals.tolist())
+            return None, None
+    cfg = facts.Config(told=told, qa_batch_size=512)
+    loss_at = facts.answering(types.SimpleNamespace(model=Listener(), device="cpu"), questions, cfg)
+    for _ in range(30):
+        loss_at(0.0)
+    def answers(*splits):
+        return {row.answer for row in corpus.qa if row.split in splits}
+    assert heard == answers(*told.split()) and (heard >= answers("LAT")) == ("LAT" in told)
+
+
 def test_the_commonest_answer_is_right_where_it_is_common_and_nowhere_else(tmp_path, corpus):
     figures = facts.constant(facts.Config(out=str(tmp_path / "x_0")))
     assert 0.05 < figures["em_LAT_heldout"] < 0.2 and 0.05 < figures["em_TXT_heldout"] < 0.2
