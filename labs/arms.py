@@ -16,6 +16,9 @@ import torch
 import train
 
 
+# how an arm may fail: what it was asked for, the disk, torch (or its process, whose end is a RuntimeError too)
+FAILURES = ValueError, OSError, RuntimeError
+
 @dataclasses.dataclass
 class Flags:
     """Flags of a lab."""
@@ -55,17 +58,21 @@ def finish(todo, jobs):
     for run in runs:
         run.result()
 
+def chosen(flags, arms):
+    """Names of the arms that --arms asks for, all without it; ValueError names those that there are."""
+    names = flags.arms.split(",") if flags.arms else list(arms)
+    if unknown := [name for name in names if name not in arms]:
+        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
+    return names
+
 def run_arms(lab, arms, flags, measure=train.run):
     """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the figures of measure(Config).
     <out>/<lab>.csv holds them all."""
     if flags.fast and flags.table:
         raise ValueError("--fast measures nothing: leave --table out")
     folder = Path(flags.out) / (lab + "-fast" * flags.fast)
-    chosen = flags.arms.split(",") if flags.arms else list(arms)
-    if unknown := [name for name in chosen if name not in arms]:
-        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
     todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
-            for seed in range(flags.seeds) for name in chosen
+            for seed in range(flags.seeds) for name in chosen(flags, arms)
             if flags.redo or not (folder / f"{name}_{seed}" / "result.json").exists()]
     started = time.perf_counter()
     for i, name in enumerate(finish(todo, flags.jobs), 1):

@@ -34,7 +34,7 @@ import data
 import evaluate
 import train
 from align import Teacher
-from labs.arms import main, markdown, publish, run_arms, table
+from labs.arms import FAILURES, chosen, main, markdown, publish, run_arms, table
 from labs.controls import Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
@@ -339,16 +339,13 @@ def distillation(flags):
     folder = Path(flags.out) / ("distillation" + "-fast" * flags.fast)
     first, second = teachers(flags.fast), students(flags.fast)
     every = [*first, *second, *LATER]
-    wanted = flags.arms.split(",") if flags.arms else every
-    if unknown := [name for name in wanted if name not in every]:
-        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(every)}")
-    rows, failed = [], None
+    wanted, rows, failed = chosen(flags, every), [], None
     for stage in first, second, None:
         try:
             arms = stage or later(flags.fast, folder, [name for name in LATER if name in wanted])
             if mine := [name for name in arms if name in wanted]:
                 rows = run_arms("distillation", arms, dataclasses.replace(flags, arms=",".join(mine)), measure)
-        except Exception as error:      # the next stage can do without one arm of this one
+        except FAILURES as error:       # the next stage can do without one arm of this one
             failed = error
             print(f"distillation: {error!r}", flush=True)
     rows = retained(rows)

@@ -36,7 +36,7 @@ import tjepa
 import train
 from data.facts import prepare
 from labs import teachers
-from labs.arms import main, publish, run_arms, table
+from labs.arms import FAILURES, chosen, main, publish, run_arms, table
 from labs.controls import MaskedLM
 from labs.llm_jepa import join
 
@@ -497,14 +497,12 @@ def facts(flags):
     if flags.fast:
         flags, arms = dataclasses.replace(flags, seeds=1), {name: in_short(cfg) for name, cfg in ARMS.items()}
         evaluate.draw_curves = lambda rows, phases, path: None          # it takes longer than all else then
-    chosen = flags.arms.split(",") if flags.arms else list(arms)
-    if unknown := [name for name in chosen if name not in arms]:
-        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
-    first = {name for arm in chosen for name in [arms[arm].start, *re.findall("{(.*?)}", arms[arm].teacher)] if name}
-    for names in filter(None, (list(first), [name for name in chosen if name not in first])):
+    wanted = chosen(flags, arms)
+    first = {name for arm in wanted for name in [arms[arm].start, *re.findall("{(.*?)}", arms[arm].teacher)] if name}
+    for names in filter(None, (list(first), [name for name in wanted if name not in first])):
         try:
             rows = run_arms("facts", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
-        except Exception as error:      # it comes at the end: what does not hang on that arm still runs
+        except FAILURES as error:       # it comes at the end: what does not hang on that arm still runs
             failed.append(error)
     if failed:
         raise failed[0]
