@@ -58,6 +58,7 @@ TUNED = "2.5M"
 LOOKS = (1, 2, 4, 8)                    # eighths of a long run at which it is measured, for the curve
 RELATIONS = ("capital", "currency", "author")       # of the cloze: those with 40 statements and many answers
 FOLDS = 5
+WEIGHTS = "weights.pt"                  # what a tuning run leaves in its folder
 PENALTIES = (10.0, 1.0, 0.1, 0.01)      # of the probes; lighter ones take longest
 # what the facts are about, and what they answer with
 SUBJECTS = dict(capital="country", author="book", painter="painting", inventor="invention", composer="music",
@@ -87,6 +88,7 @@ class Config(train.Config):
     words: str = ""             # file of a tokenizer; without it the corpus brings one
     read: str = "1,4"           # layers averaged for the probes, the last ones; 0: the embeddings alone, a bag
     tune: bool = False          # only the dev accuracies, of each reading: what a learning rate is chosen by
+    tuned: str = ""             # file of weights: what a tuning run with seed 0 has trained is not trained again
     stride: int = 1             # of the texts and statements that are asked only each so-manieth is: a quick look
 
 PAPER = train.RECIPES["paper"]
@@ -95,6 +97,8 @@ CHANGES = {                     # of train.py's default; the comparison that dec
     "default": {},
     "masked LM": MASKED_LM,
     "random-init": dict(pretrain_steps=0),
+    "grounded": train.RECIPES["grounded"],
+    "grounded with wide predictor": dict(mlm=1.0, pred_embd=train.Config.n_embd),
     "default without predictor": dict(pred_layer=0),
     "masked LM + JEPA": dict(mlm=0.5),
     "masked LM + JEPA without predictor": dict(mlm=0.5, pred_layer=0),
@@ -310,14 +314,23 @@ def measure(cfg):
             step = cfg.pretrain_steps if whole else call * cfg.eval_every
             curve.append(dict(tokens=step * cfg.batch_size * cfg.block_size) | judge(run, probes))
         return {}           # the log of a run has no columns for these
+    if cfg.tuned and not cfg.seed:
+        run.model.load_state_dict(torch.load(cfg.tuned, map_location=run.device, weights_only=True))
+        look(True)
+        return curve[-1] | dict(lr=cfg.pretrain_lr, curve=curve)
+    def save(step, optimizer):
+        """Keep what tuning has trained."""
+        if cfg.tune:
+            torch.save(run.model.state_dict(), Path(cfg.out) / WEIGHTS)
     try:
-        train.fit(run, "pretrain", loss_at, look, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
+        train.fit(run, "pretrain", loss_at, look, evaluate.Log(cfg.out, []), save)
     except ValueError as error:     # a learning rate may be too high for an arm: to find that out is what tuning is for
         if not cfg.tune:
             raise
         print(f"{cfg.out}: {error}")
         curve.append({f"dev_{layers}": -1.0 for layers in cfg.read.split(",")})
-    return curve[-1] | dict(lr=cfg.pretrain_lr, curve=curve)
+    kept = dict(weights=str(Path(cfg.out) / WEIGHTS)) if cfg.tune else {}
+    return curve[-1] | kept | dict(lr=cfg.pretrain_lr, curve=curve)
 
 # -- the lab -----------------------------------------------------------------------------------------------------------
 def vocabulary(folder, fast):
@@ -333,10 +346,11 @@ def vocabulary(folder, fast):
     return dict(data=str(copy), words=str(words))
 
 def choose(rows):
-    """The learning rate and the reading with the best dev accuracy, of one arm in one world: fields of a Config."""
-    best, lr, name = max((value, row["lr"], name) for row in rows for name, value in row.items()
-                         if name.startswith("dev_"))
-    return dict(pretrain_lr=lr, read=name.removeprefix("dev_"))
+    """The learning rate and the reading with the best dev accuracy, of one arm in one world, and the weights that gave
+    it: fields of a Config."""
+    best, row, name = max(((value, row, name) for row in rows for name, value in row.items()
+                           if name.startswith("dev_")), key=lambda found: (found[0], found[1]["lr"], found[2]))
+    return dict(pretrain_lr=row["lr"], read=name.removeprefix("dev_"), tuned=row.get("weights", ""))
 
 def tuning(worlds, names, grid):
     """The runs that choose: name -> Config. Nothing depends on the learning rate where no step is taken."""
@@ -351,6 +365,8 @@ def finals(worlds, names, budgets, tuned):
         for name in names:
             for world, fields in worlds.items():
                 best = choose([row for row in tuned if row["arm"].rsplit(" ", 1)[0] == f"{world} {name}"])
+                if budget != TUNED:
+                    best["tuned"] = ""
                 steps = BUDGETS[budget] if ARMS[name].pretrain_steps else 0
                 arms[f"{world} {budget} {name}"] = dataclasses.replace(
                     ARMS[name], pretrain_steps=steps, **best | fields,

@@ -229,7 +229,7 @@ def test_the_choice_is_the_best_on_dev_and_the_final_run_takes_it_over():
     rows = [dict(arm="facts default lr=0.001", lr=1e-3, dev_1=0.5, dev_4=0.6),
             dict(arm="facts default lr=0.002", lr=2e-3, dev_1=0.7, dev_4=0.4),
             dict(arm="facts GPT lr=0.001", lr=1e-3, dev_1=-1.0, dev_4=0.9)]
-    assert pretraining.choose(rows[:2]) == dict(pretrain_lr=2e-3, read="1")
+    assert pretraining.choose(rows[:2]) == dict(pretrain_lr=2e-3, read="1", tuned="")
     runs = pretraining.finals({"facts": {}}, ["default", "GPT"], ["2.5M", "7M"], rows)
     taken = [(cfg.pretrain_lr, cfg.read, cfg.tune) for cfg in runs.values()]
     assert taken == [(2e-3, "1", False), (1e-3, "4", False)] * 2
@@ -251,6 +251,20 @@ def test_tuning_survives_an_arm_that_diverges_and_a_final_run_does_not(tmp_path,
         pretraining.measure(dataclasses.replace(cfg, tune=False))
 
 
+@pytest.mark.parametrize("name", ["default", "random-init", "GPT"])
+def test_what_tuning_has_trained_is_judged_and_not_trained_again(tmp_path, monkeypatch, name):
+    cfg = dataclasses.replace(ARMS[name], **SMALL, out=str(tmp_path / "tuning"), stride=25, tune=True, read="1",
+                              pretrain_steps=min(2, ARMS[name].pretrain_steps))
+    tuned = pretraining.measure(cfg)["weights"]
+    cfg = dataclasses.replace(cfg, tune=False, out=str(tmp_path / "final"))
+    anew = pretraining.measure(cfg)
+    assert pretraining.measure(dataclasses.replace(cfg, tuned=tuned)) == anew
+    monkeypatch.setattr(train, "fit", lambda *args: pytest.fail("trained again"))
+    pretraining.measure(dataclasses.replace(cfg, tuned=tuned))
+    with pytest.raises(BaseException, match="trained again"):          # another seed is another run
+        pretraining.measure(dataclasses.replace(cfg, tuned=tuned, seed=1))
+
+
 def test_a_long_run_is_measured_at_its_eighth_quarter_half_and_end(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "judge", lambda run, probes: dict(probes=0.0))
     cfg = Config(**SMALL, out=str(tmp_path), pretrain_steps=8, eval_every=1, read="1")
@@ -270,7 +284,7 @@ def test_an_arm_from_its_first_step_to_its_row(tmp_path):
         assert ("cloze_all" in row, "cloze_tokens_all" in row) == (
             (True, True) if "JEPA" in name else (True, False) if name == "GPT" else (False, False))
     tuned = pretraining.measure(dataclasses.replace(cfg, tune=True))
-    assert {name for name in tuned if name not in ("tokens", "lr", "curve")} == {"dev_0"}     # nothing of test
+    assert {name for name in tuned if name not in ("tokens", "lr", "curve", "weights")} == {"dev_0"}     # nothing of test
 
 
 def test_a_mean_is_over_all_probes_or_not_given():
