@@ -34,7 +34,7 @@ class Config:
     positions: str = "rotary"   # rotary | learned: those are added to the latents, and so to what is predicted
     init_std: float = 0.0       # of weight matrices; 0 = 1 / sqrt(fan-in). GPT-2's 0.02 makes narrow models collapse
     pred_layer: int = 2         # predictor depth; too shallow: the encoder has to guess. 0 = none: it fills in [MASK]s
-    pred_embd: int = 64         # predictor width, narrower than the encoder so that knowledge stays in the encoder
+    pred_embd: int = 128        # predictor width; half of n_embd knows as well what it was taught, reads less
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
     mask_ratio: float = 0.35    # share of tokens removed: higher is harder, and cheaper for the online encoder
@@ -42,10 +42,10 @@ class Config:
     target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
     top_k: int = 4              # layers averaged into the target; 1 = the last layer only, as in the paper
     target_norm: bool = True    # layer-norm the targets once more: off, shrinking them is the easiest way down
-    loss: str = "mse"           # distance to the target: mse | smooth_l1 | infonce | none (with mlm=1: a masked LM)
+    loss: str = "mse"           # distance to the target: mse | smooth_l1 | infonce | none (a masked LM, by mlm alone)
     sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
     vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
-    mlm: float = 0.0            # weight of a masked-LM term on the predictor's output: grounds latents in tokens
+    mlm: float = 1.0            # weight of a masked-LM term beside it: tokens ground the latents. 0 as in the papers
     ema_half_life: float = 100  # steps after which half of the target is newer; 0: it is the online one, inf: frozen
     stop_gradient: bool = True  # off: targets are the online encoder's own, and learn to be easy: a collapse
     teacher_width: int = 0      # of answer latents, 0 = the own target encoder's; phase 2 sets it by --teacher
@@ -173,7 +173,7 @@ class Prediction(NamedTuple):
     weight: torch.Tensor    # (B, S) True where there is such a span
     context: torch.Tensor   # (B, T-K, C) the online encoder's latents
     real: torch.Tensor      # (B, T-K) False where the context is padding
-    filled: torch.Tensor    # (B, K, C) predicted latents of the removed tokens, one by one
+    words: torch.Tensor     # (B, K, C) what the removed tokens are read from, one by one
     missing: torch.Tensor   # (B, K) ids of the removed tokens, -100 in surplus slots
 
 def sample_spans(tokens, word_start, cfg):
@@ -208,8 +208,8 @@ def split_spans(spans, tokens, n_removed, cfg):
     return Spans(context, removed, member / member.sum(-1, keepdim=True).clamp(min=1))
 
 class Predictor(nn.Module):
-    """A narrow transformer that reads the context latents and fills in queries (v1.1 section 3.1).
-    A query is one learned vector at a position: it says where something is missing and nothing of what."""
+    """A transformer that reads the context latents and fills in queries (v1.1 section 3.1): a learned vector each, that
+    says where something is missing and nothing of what. Words leave by a door of their own: one for both hurt both."""
     def __init__(self, cfg):
         super().__init__()
         self.enter = nn.Linear(cfg.n_embd, cfg.pred_embd, bias=False)
@@ -217,15 +217,17 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg.pred_embd, cfg.n_head) for _ in range(cfg.pred_layer))
         self.norm = nn.LayerNorm(cfg.pred_embd)
         self.leave = nn.Linear(cfg.pred_embd, cfg.n_embd)
+        self.words = nn.Linear(cfg.pred_embd, cfg.n_embd) if cfg.mlm else nn.Identity()
         self.register_buffer("rope", rotary(cfg.block_size + 1, cfg.pred_embd // cfg.n_head), persistent=False)
 
     def forward(self, context, context_pos, query_pos, mask=None):
-        """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> predictions (B, K, C)."""
+        """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> latents, words, (B, K, C) each."""
         x = torch.cat((self.enter(context), self.query.expand(*query_pos.shape, -1)), dim=1)        # (B, T+K, P)
         rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, hs/2)
         for block in self.blocks:
             x = block(x, rope, mask=mask)
-        return self.leave(self.norm(x[:, context.size(1):]))                            # (B, K, C)
+        x = self.norm(x[:, context.size(1):])                                           # (B, K, P)
+        return self.leave(x), self.words(x)
 
 # -- phases 2 and 3: a thought, and who says it ------------------------------------------------------------------------
 class Thought(NamedTuple):
@@ -362,32 +364,31 @@ class TJEPA(nn.Module):
     def forward_target(self, tokens, parts):
         """What the target encoder, which reads everything, makes of the removed spans: (B, S, C)."""
         latents = self.encode(tokens, online=not self.cfg.stop_gradient)                # (B, T, C)
-        latents = latents.gather(1, parts.removed[..., None].expand(-1, -1, latents.size(-1)))      # (B, K, C)
-        latents = average(parts.pool, latents)                                          # (B, S, C)
+        latents = average(parts.pool, latents.take_along_dim(parts.removed[..., None], 1))  # (B, K, C) -> (B, S, C)
         return norm(latents) if self.cfg.target_norm else latents   # else long spans, with short means, weigh less
 
     def fill(self, tokens, positions, real, queries, asked):
         """The online encoder reads what is there, the predictor fills in what is not. tokens (B, T) at positions, holes
-        (B, K) at queries; real, asked: which of them count -> latents (B, T, C), predictions (B, K, C)."""
+        (B, K) at queries; real, asked: which of them count -> latents (B, T, C), guesses and words (B, K, C)."""
         keys = torch.cat((real, asked), dim=1)[:, None, None]                           # (B, 1, 1, T+K)
         if not self.cfg.pred_layer:     # without a predictor, what is missing is a [MASK] that the encoder reads
             tokens = F.pad(tokens, (0, queries.size(1)), value=self.cfg.mask)           # (B, T+K)
-            return self.encoder(tokens, torch.cat((positions, queries), 1), keys).tensor_split((real.size(1),), dim=1)
+            x = self.encoder(tokens, torch.cat((positions, queries), 1), keys)          # (B, T+K, C)
+            return x[:, :real.size(1)], x[:, real.size(1):], x[:, real.size(1):]
         context = self.encoder(tokens, positions, real[:, None, None])                  # (B, T, C)
-        return context, self.predictor(context, positions, queries, keys)
+        return context, *self.predictor(context, positions, queries, keys)
 
     def predict(self, tokens, spans, n_removed=None):
         """Hide the spans, and guess what the target makes of them: tokens, spans (B, T) -> `Prediction`.
         n_removed: most tokens removed in a row, by default what `sample_spans` takes from a full one."""
-        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
-        parts = split_spans(spans, tokens, n_removed, self.cfg)
+        parts = split_spans(spans, tokens, n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio)), self.cfg)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.stop_gradient):
             target = self.forward_target(tokens, parts)
         kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
         real = kept != self.cfg.pad
-        context, filled = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K, C), (B, K, C)
+        context, filled, words = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K | K | K, C)
         missing = tokens.gather(1, parts.removed).masked_fill(~asked, -100)
-        return Prediction(average(parts.pool, filled), target, parts.pool.sum(2) > 0, context, real, filled, missing)
+        return Prediction(average(parts.pool, filled), target, parts.pool.sum(2) > 0, context, real, words, missing)
 
     def pretrain_loss(self, tokens, spans):
         """Phase 1 (v1.1 section 3.1). tokens (B, T), spans (B, T) from `sample_spans` -> (loss, stats)."""
@@ -402,7 +403,7 @@ class TJEPA(nn.Module):
                 stats[name] = regulariser(z)
                 loss = loss + pull * stats[name]
         if cfg.mlm:
-            logits = F.linear(norm(p.filled), self.encoder.embed.weight)                # (B, K, V)
+            logits = F.linear(norm(p.words), self.encoder.embed.weight)                # (B, K, V)
             stats["mlm"] = F.cross_entropy(logits.flatten(0, 1), p.missing.flatten())
             loss = loss + cfg.mlm * stats["mlm"]
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -428,7 +429,7 @@ class TJEPA(nn.Module):
             kept = real & (torch.rand_like(real, dtype=torch.float) >= drop)
             real = torch.where(kept.any(1, keepdim=True), kept, real)                   # never all of a question
         positions = torch.arange(question.size(1), device=question.device).expand_as(question)
-        context, guess = self.fill(question, positions, real, next_pos, torch.ones_like(next_pos, dtype=torch.bool))
+        context, guess, _ = self.fill(question, positions, real, next_pos, torch.ones_like(next_pos).bool())
         return Thought(self.W(guess[:, 0]), context, real)                              # (B, D), (B, T, C)
 
     def distill_loss(self, question, answer_latent):

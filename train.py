@@ -38,7 +38,7 @@ class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
     phase: str = "all"          # pretrain | distill | speak | all; distill and speak continue the run in --out
     preset: str = "tiny"        # tiny: 300 facts, minutes on a CPU | laptop: all facts, longer | gpu: wider too
-    recipe: str = "default"     # default: latents alone | grounded: tokens too | paper: v1.1 section 3.1
+    recipe: str = "default"     # default: latents and tokens | latent: latents alone | paper: v1.1 section 3.1
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt of your own (phase 1 needs nothing else)
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
@@ -88,10 +88,11 @@ class Config(tjepa.Config):
 PRESETS = dict(
     tiny={},
     laptop=dict(facts="all", vocab_size=4096, pretrain_steps=800, distill_steps=1200, speak_steps=1200, eval_every=400),
-    gpu=dict(facts="all", vocab_size=4096, n_embd=384, n_head=6, n_layer=6, pred_embd=192, batch_size=256,
+    gpu=dict(facts="all", vocab_size=4096, n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256,
              qa_batch_size=512, pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
-RECIPES = dict(default={}, grounded=dict(mlm=1.0, pred_layer=0), paper=dict(
-    target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0, mlm=0.0))
+LATENT = dict(mlm=0.0, pred_embd=64)            # a predictor narrower than the encoder, so that knowledge stays there
+RECIPES = dict(default={}, latent=LATENT, paper=LATENT | dict(
+    target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0))
 # what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
 FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions".split())
 

@@ -100,6 +100,6 @@ class MaskedLM:
     def energy(self, tokens, spans):
         """Minus the log-probability of the removed tokens, all removed at once: tokens, spans (B, T) -> (B,)."""
         p = self.model.predict(tokens, spans, int((spans < self.cfg.max_spans).sum(1).max()))
-        logits = F.linear(tjepa.norm(p.filled), self.model.encoder.embed.weight).float()        # (B, K, V)
+        logits = F.linear(tjepa.norm(p.words), self.model.encoder.embed.weight).float()        # (B, K, V)
         surprise = F.cross_entropy(logits.mT, p.missing, reduction="none")              # (B, K), 0 in surplus slots
         return surprise.sum(1) / ((p.missing >= 0).sum(1) if self.mean else 1)

@@ -2,7 +2,7 @@
 Do facts taught in latent space become speech? Teachers, memories, controls; what helps in new phrasings.
 
     python -m labs.facts --jobs=4                   3 seeds of each arm: phase 1 once a seed, most arms share it
-    python -m labs.facts --arms="default,n_slots=1" these two; an arm whose phases others share is run first by itself
+    python -m labs.facts --arms="default,GPT" these two; an arm whose phases others share is run first by itself
     python -m labs.facts --table=README.md          the tables of the first page; --table=labs/README.md: all of them
     python -m labs.facts --fast                     does it run?
 
@@ -12,8 +12,9 @@ shuffled memory leave nothing; one slot says as much as four for so short answer
 LAT; B makes it forget A, and replay cures that; the same-size GPT is better than T-JEPA wherever it was taught, and no
 better at what was only read; a GPT that was told LAT facts as tokens is the ceiling.
 
-All arms share facts, tokens, width, seeds and, but for the levers named so, steps and learning rates, which were chosen
-for the default arm. Arms that differ in phase 2 or 3 only share the phases before, of the same seed. The GPT reads the
+All arms are latents alone, the papers' T-JEPA (recipe=latent), but for those whose name says otherwise. They share
+facts, tokens, width, seeds and, but for the levers named so, steps and learning rates, which were chosen for
+recipe=latent. Arms that differ in phase 2 or 3 only share the phases before, of the same seed. The GPT reads the
 same rows in phase 1 and has the steps of phases 2 and 3 for the DEC questions, with as many question tokens dropped.
 The levers ask what would lift held-out phrasings: they run on seeds of their own (10, 11, ...), so that the seeds of
 all other tables choose nothing. The held-out phrasings are the same three, for there is no other set.
@@ -45,6 +46,8 @@ SEVERAL = 10        # the first seed of the levers
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm: flags of train.py, and what only an experiment changes. {NAME} in teacher is the folder of that arm."""
+    mlm: float = 0.0            # latents alone, as the papers have it: their claims are tested here. The arm `default`
+    pred_embd: int = 64         # is train.py's
     eval_every: int = 10 ** 9   # a phase is measured at its beginning and at its end
     way: str = "t-jepa"         # t-jepa: train.py's phases | gpt | constant: no model | shuffled L_a | continual: A, B
     start: str = ""             # the arm whose phases before `phase` are copied; "": all phases of its own
@@ -366,35 +369,37 @@ def measure(cfg):
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 def distilled(**change):
-    """An arm that shares the default's phase 1."""
-    return Config(start="default", phase="distill", **change)
+    """An arm that shares phase 1 of latents alone."""
+    return Config(start="recipe=latent", phase="distill", **change)
 
 def spoken(**change):
-    """An arm that shares the default's phases 1 and 2."""
-    return Config(start="default", phase="speak", **change)
+    """An arm that shares phases 1 and 2 of latents alone."""
+    return Config(start="recipe=latent", phase="speak", **change)
 
-def lever(start="lever default", **change):
+def lever(start="lever latent", **change):
     """An arm on the seeds that choose."""
     return Config(start=start, shift=SEVERAL, **change)
 
+DEFAULT = dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
 READ = {        # arms with a phase 1 of their own
-    "default": Config(),
-    "no predictor": Config(pred_layer=0),
-    "random-init encoder": Config(pretrain_steps=0),
-    "recipe=grounded": Config(**train.RECIPES["grounded"]),
+    "default": Config(**DEFAULT),
+    "recipe=latent": Config(**train.RECIPES["latent"]),
     "recipe=paper": Config(**train.RECIPES["paper"]),
+    "random-init encoder": Config(pretrain_steps=0, **DEFAULT),
+    "latent from random-init encoder": Config(pretrain_steps=0),
+    "latent without predictor": Config(pred_layer=0),
     "masked LM": Config(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
-    "default + masked LM": Config(mlm=1.0),
-    "wide predictor + masked LM": Config(mlm=1.0, pred_embd=128),
-    "no predictor + .3 masked LM": Config(mlm=0.3, pred_layer=0),
+    "default with narrow predictor": Config(mlm=1.0),
+    "default without predictor": Config(mlm=1.0, pred_layer=0),
+    "default without predictor mlm=.3": Config(mlm=0.3, pred_layer=0),
     "read three times as long": Config(pretrain_steps=2400),
     "text in 12 wordings": Config(text="wordings"),
     "text with questions of DEC": Config(text="questions"),
 }
 TEACHERS = {
-    "random-init encoder with the default's answers": Config(pretrain_steps=0, teacher="ckpt:{default}/pretrain"),
+    "random-init encoder taught by recipe=latent": Config(pretrain_steps=0, teacher="ckpt:{recipe=latent}/pretrain"),
     "teacher gpt": distilled(teacher="{GPT}/vectors.npz"),
-    "teacher ckpt (no predictor)": distilled(teacher="ckpt:{no predictor}/pretrain"),
+    "teacher ckpt (without predictor)": distilled(teacher="ckpt:{latent without predictor}/pretrain"),
     "teacher letters (300 wide)": distilled(teacher="letters"),
     "teacher random codes": distilled(teacher="random"),
     "shuffled L_a": distilled(way="shuffled"),
@@ -425,8 +430,8 @@ CONTINUAL = {
     "A then B with all of A": distilled(way="continual", replay=1.0),
 }
 LEVERS = {f"lever {name}": cfg for name, cfg in {
-    "default": lever(""),
-    "no predictor": lever("", pred_layer=0),
+    "latent": lever(""),
+    "latent without predictor": lever("", pred_layer=0),
     "distill_steps=1500": lever(phase="distill", distill_steps=1500),
     "distill_lr=1e-3": lever(phase="distill", distill_lr=1e-3),
     "question_drop=.4": lever(phase="distill", question_drop=0.4),
@@ -473,16 +478,17 @@ AFTER = {f"{title} of {half}, {when} B": f"{figure}_heldout_{half}_{when}" for h
     ("A", ("before", "after")), ("B", ("before", "after"))) for when in whens
     for title, figure in (("R@1 LAT", "r1_LAT"), ("EM LAT", "em_LAT"), ("EM DEC", "em_DEC"))}
 
-FRONT = some("default", "recipe=grounded", "random-init encoder", "recipe=paper")
+FRONT = some("default", "recipe=latent", "recipe=paper", "random-init encoder")
 FIRST = {"Phase 1": (FRONT, PHASE_1), "R@1 of the thought after phase 2": (FRONT, R1),
          "Exact match of greedy speech": (FRONT | some("GPT", "commonest DEC answer"), EM),
          "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER)}
 ALL = {"Phase 1": (READ, PHASE_1), "What phase 1 is worth for speech": (READ, EM),
        "Teachers and their controls: thoughts in held-out phrasings, R2 over the mean of the relation": (
-           some("default", "random-init encoder") | TEACHERS, HELD_OUT),
-       "Teachers and their controls: exact match": (some("default", "random-init encoder") | TEACHERS, EM),
-       "What the decoder reads (default: the thought in 4 slots)": (some("default") | MEMORY, EM),
-       "Taught as tokens, and GPTs": (some("default") | TOLD, EM),
+           some("recipe=latent", "latent from random-init encoder") | TEACHERS, HELD_OUT),
+       "Teachers and their controls: exact match": (
+           some("recipe=latent", "latent from random-init encoder") | TEACHERS, EM),
+       "What the decoder reads (recipe=latent: the thought in 4 slots)": (some("recipe=latent") | MEMORY, EM),
+       "Taught as tokens, and GPTs": (some("recipe=latent") | TOLD, EM),
        "Only read (TXT): attempts": (READ | some("GPT", "GPT of equal parameters", "commonest DEC answer"), TXT),
        "The nearest concept instead of the thought": (READ | some("teacher gpt", "teacher random codes"), SNAPPED),
        "NEVER: signs of not knowing": (READ | TEACHERS, SIGNS),

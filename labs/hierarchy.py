@@ -61,7 +61,7 @@ class Config(train.Config):
                            ("sentences", lambda v: v >= 1, "1 or more"), ("nodes", lambda v: v >= 64, "64 or more")))
 
 FLOOR = "random-init encoder"
-BASE = Config(n_embd=64, pred_embd=32, positions="learned", target="token", max_span=2, dtype="fp32",
+BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, positions="learned", target="token", max_span=2, dtype="fp32",
               batch_size=512, pretrain_steps=1500, pretrain_lr=3e-3)
 OBJECTIVES = {
     "masked LM": dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),

@@ -14,7 +14,7 @@ All arms of a seed share text, questions, batches and 500 steps of phase 3, and 
 the one that is taught "I don't know" in phase 2 too, a copy of the same phases 1 and 2. `joint` starts from the same
 phase 1 and has both losses in each of 700 steps: as many batches of phase 2, more of phase 3. The GPT is as deep as
 encoder and decoder together; it reads as many batches of text and has 1,200 steps of DEC questions, the steps of
-phases 2 and 3, with the same share of question tokens dropped. Learning rates are the default's; where encoder and
+phases 2 and 3, with the same share of question tokens dropped. Learning rates are train.py's; where encoder and
 decoder are trained together two were tried, and both are shown. Half of the invented subjects teach "I don't know" in
 three arms; no arm is judged on these. Figures are of held-out phrasings unless they say otherwise.
 """
@@ -44,6 +44,8 @@ SCHEDULES = {"annealed": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progres
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm."""
+    mlm: float = 0.0                # latents alone, as the papers have it: their claims are tested here
+    pred_embd: int = 64             # and as in the lab of facts
     kind: str = "speaker"           # phases: 1 and 2, for the others | speaker | gpt | lookup: no decoder at all
     alpha: str = "annealed"         # how alpha_start moves: annealed to 0 | reversed: from 0 | constant
     goal: str = "own"               # the latent head's target: own, the answer's latent | shuffled: another's, always

@@ -134,8 +134,8 @@ class Lab:
 
 # -- what a student would use instead ----------------------------------------------------------------------------------
 def shape(width):
-    """The fields of a Config that follow from the width: heads of 32, a predictor half as wide."""
-    return dict(n_embd=width, n_head=width // 32, pred_embd=width // 2)
+    """The fields of a Config that follow from the width: heads of 32, a predictor as wide."""
+    return dict(n_embd=width, n_head=width // 32, pred_embd=width)
 
 def gpt_of(width, depth=CFG.n_layer, size=CFG.block_size):
     """The control, of our blocks."""

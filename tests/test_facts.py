@@ -74,8 +74,8 @@ def test_an_arm_that_others_begin_with_runs_first_and_once(tmp_path, monkeypatch
         Path(cfg.out).mkdir(parents=True)
         return dict(em_LAT_heldout=0.5)
     monkeypatch.setattr(facts, "measure", measure)
-    facts.facts(arms.Flags(seeds=2, out=str(tmp_path), arms="teacher gpt,n_slots=1,default"))
-    assert sorted(ran[:4]) == ["GPT_0", "GPT_1", "default_0", "default_1"] and len(ran) == len(set(ran)) == 8
+    facts.facts(arms.Flags(seeds=2, out=str(tmp_path), arms="teacher gpt,n_slots=1,recipe=latent"))
+    assert sorted(ran[:4]) == ["GPT_0", "GPT_1", "recipe=latent_0", "recipe=latent_1"] and len(ran) == len(set(ran)) == 8
 
 
 def test_an_arm_that_fails_stops_none_that_does_without_it(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_an_arm_that_fails_stops_none_that_does_without_it(tmp_path, monkeypatch
 
 def test_what_is_missing_is_named(tmp_path):
     cfg = dataclasses.replace(facts.ARMS["n_slots=1"], out=str(tmp_path / "n_slots=1_0"))
-    with pytest.raises(ValueError, match="default_0/distill/ckpt.pt is missing: run --arms='default'"):
+    with pytest.raises(ValueError, match="recipe=latent_0/distill/ckpt.pt is missing: run --arms='recipe=latent'"):
         facts.measure(cfg)
     with pytest.raises(ValueError, match="--arms=nothing: this lab has default"):
         facts.facts(arms.Flags(arms="nothing", out=str(tmp_path)))
@@ -105,16 +105,16 @@ def test_shared_phases_are_bit_identical_and_the_decoder_is_new(tmp_path):
     facts.facts(arms.Flags(fast=True, out=str(tmp_path), arms="both echo beside a question,n_slots=1"))
     folder = tmp_path / "facts-fast"
     first, last, other = (train.load_checkpoint(folder / name)["model"] for name in (
-        "default_0/distill", "default_0", "n_slots=1_0"))
+        "recipe=latent_0/distill", "recipe=latent_0", "n_slots=1_0"))
     frozen = [name for name in first if not name.startswith("decoder.")]
     assert all(torch.equal(first[name], last[name]) and torch.equal(first[name], other[name]) for name in frozen)
     assert first["decoder.slots.weight"].shape != other["decoder.slots.weight"].shape
     rows = arms.run_arms("facts", facts.ARMS, arms.Flags(fast=True, out=str(tmp_path), seeds=0))
-    assert {row["arm"] for row in rows} == {"default", "n_slots=1", "both echo beside a question"}
+    assert {row["arm"] for row in rows} == {"recipe=latent", "n_slots=1", "both echo beside a question"}
     assert all("em_LAT_heldout" in row for row in rows)
-    default = next(row for row in rows if row["arm"] == "default")
-    asked = {figure for part, columns in facts.ALL.values() if "default" in part for figure in columns.values()}
-    assert not asked - set(default)
+    latent = next(row for row in rows if row["arm"] == "recipe=latent")
+    asked = {figure for part, columns in facts.ALL.values() if "recipe=latent" in part for figure in columns.values()}
+    assert not asked - set(latent)
 
 
 # -- phase 2: what is taught -------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_the_commonest_answer_is_right_where_it_is_common_and_nowhere_else(tmp_p
 def test_a_masked_lm_is_asked_for_tokens(corpus):
     tokens = torch.full((2, 12), 5)
     spans = torch.full((2, 12), tjepa.Config().max_spans).index_fill(1, torch.tensor([4, 5]), 0)
-    for name, tokens_alone in ("masked LM", True), ("default + masked LM", False), ("default", False):
+    for name, tokens_alone in ("masked LM", True), ("default", False), ("recipe=latent", False):
         cfg = facts.plain(facts.ARMS[name])
         model = train.build(cfg, corpus.tokenizer)
         asked = facts.as_trained(train.Run(cfg, model, corpus, "cpu", None)).model.energy(tokens, spans)

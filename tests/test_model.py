@@ -82,7 +82,8 @@ def test_masked_tokens_cannot_leak(changes):
 def test_the_predictor_is_told_where_but_not_what(model):
     """The same context and other query positions give other predictions: it knows what it is asked for."""
     context, at = torch.randn(1, 5, 32), torch.arange(5)[None]
-    assert not torch.allclose(model.predictor(context, at, torch.tensor([[7]])), model.predictor(context, at, torch.tensor([[20]])))
+    guesses = [model.predictor(context, at, torch.tensor([[place]]))[0] for place in (7, 20)]
+    assert not torch.allclose(*guesses)
 
 
 def test_span_target_is_the_mean_of_its_tokens():
@@ -103,6 +104,16 @@ def test_token_target_gives_every_removed_token_its_own_latent():
     found, latents = model.predict(tokens, spans), model.encode(tokens)
     gone = spans < model.cfg.max_spans
     torch.testing.assert_close(found.target[found.weight], latents[gone])
+
+
+def test_words_and_latents_leave_by_doors_of_their_own(model):
+    """The masked-LM term of phase 1 must not pull at the map that makes latents, nor the latent term at that of words."""
+    tokens = rows()
+    prediction = model.predict(tokens, spans_of(model, tokens))
+    leave, words = model.predictor.leave.weight, model.predictor.words.weight
+    for output, moved, still in (prediction.spans, leave, words), (prediction.words, words, leave):
+        grads = torch.autograd.grad(output.square().sum(), (moved, still), retain_graph=True, allow_unused=True)
+        assert grads[0].abs().sum() > 0 and grads[1] is None
 
 
 # -- the target encoder ---------------------------------------------------------------------------------------------------
@@ -192,7 +203,9 @@ def test_every_trainable_parameter_moves(phase, changes):
     """A parameter without gradient, or outside the optimizer's groups, is a bug that no loss curve shows."""
     model = make(**changes)
     named = one_step(model, phase)
-    assert not [name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0]
+    still = {name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0}
+    # a thought is a latent: phase 2 asks for no word of it
+    assert still == ({"words.weight", "words.bias"} if phase == "distill" else set())
     grouped = [id(p) for group in train.groups(model.trained_in(phase), 0.1) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for _, p in named)
 
@@ -298,7 +311,7 @@ def test_energy_is_the_prediction_error_of_the_span(model):
     spans = torch.full_like(text, model.cfg.max_spans)
     spans[0, 10:13] = 0
     seen = torch.tensor([[t for t in range(32) if not 10 <= t < 13]])
-    guess = model.predictor(model.encoder(text.gather(1, seen), seen), seen, torch.tensor([[10, 11, 12]])).mean(1)
+    guess = model.predictor(model.encoder(text.gather(1, seen), seen), seen, torch.tensor([[10, 11, 12]]))[0].mean(1)
     target = tjepa.norm(model.encode(text)[:, 10:13].mean(1))
     torch.testing.assert_close(model.energy(text, spans), ((guess - target) ** 2).mean(1))
 

@@ -73,7 +73,7 @@ def test_masked_lm_is_asked_for_the_removed_tokens_alone():
     alone = MaskedLM(model, False).energy(tokens[1:, :6], spans[1:, :6])
     assert torch.allclose(total[1:], alone, atol=1e-4)
     # what is hidden is not seen: swapping it changes the question, not what the model says
-    said = [model.predict(text, spans, 3).filled for text in (tokens, tokens.scatter(1, torch.tensor([[2], [2]]), 7))]
+    said = [model.predict(text, spans, 3).words for text in (tokens, tokens.scatter(1, torch.tensor([[2], [2]]), 7))]
     assert torch.allclose(*said, atol=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_the_cloze_among_equals_is_not_distracted_by_other_lengths(corpus):
 def test_an_arm_is_asked_for_what_it_was_trained_for(corpus, monkeypatch):
     asked = []
     monkeypatch.setattr(pretraining, "cloze", lambda run: asked.append(run.model) or dict(all=0.0))
-    kinds = {"default": [tjepa.TJEPA], "masked LM": [MaskedLM, MaskedLM], "masked LM + JEPA": [tjepa.TJEPA, MaskedLM]}
+    kinds = {"latent": [tjepa.TJEPA], "masked LM": [MaskedLM, MaskedLM], "default": [tjepa.TJEPA, MaskedLM]}
     for name, kind in kinds.items():
         model = model_of(name)
         asked.clear()
@@ -275,14 +275,14 @@ def test_a_long_run_is_measured_at_its_eighth_quarter_half_and_end(tmp_path, mon
 
 
 def test_an_arm_from_its_first_step_to_its_row(tmp_path):
-    for name in ("masked LM + JEPA", "GPT", "bag of random embeddings"):
+    for name in ("default", "GPT", "bag of random embeddings"):
         cfg = dataclasses.replace(ARMS[name], **SMALL, out=str(tmp_path), stride=25,
                                   pretrain_steps=min(2, ARMS[name].pretrain_steps), read=ARMS[name].read[0])
         row = pretraining.measure(cfg)
         json.dumps(row)
         assert {"relation", "continent", "kind", "probes", "rank"} <= row.keys()
         assert ("cloze_all" in row, "cloze_tokens_all" in row) == (
-            (True, True) if "JEPA" in name else (True, False) if name == "GPT" else (False, False))
+            (True, True) if name == "default" else (True, False) if name == "GPT" else (False, False))
     tuned = pretraining.measure(dataclasses.replace(cfg, tune=True))
     assert {name for name in tuned if name not in ("tokens", "lr", "curve", "weights")} == {"dev_0"}     # nothing of test
 
