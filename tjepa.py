@@ -1,7 +1,7 @@
 """Text T-JEPA in one file: an encoder that learns by predicting latents, and a decoder that says what it thinks.
 
     phase 1  pretrain   the online encoder reads a text with spans removed; a predictor guesses, in latent space, what
-                        an EMA copy of the encoder (the target) makes of the missing spans         [v1.1 section 3.1]
+                        an EMA copy of it (the target) makes of them, and says their words (mlm)   [v1.1 section 3.1]
     phase 2  distill    question -> encoder -> predictor -> thought; the thought is pulled to the answer's latent,
                         as a teacher sees it. No answer token is ever produced                     [v1.1 section 3.3]
     phase 3  speak      the rest is frozen; a decoder attends to the thought and learns to say it  [v1.1 section 3.2]

@@ -5,8 +5,9 @@ How fast is a step, how fast could this machine be, and what would you have used
     python -m labs.speed                        the same without nanoGPT's own model.py beside ours
     python -m labs.speed --fast                 does it run?
 
-Expected before the first run: by FLOPs phase 1 costs .85 / .97 / 1.04 of a GPT's step at width 128 / 256 / 512 (what is
-removed is absent from the online encoder, the target has no backward pass), and by the clock too if our code is tight.
+Expected before the first run: by FLOPs phase 1 of latents alone costs .85 / .97 / 1.04 of a GPT's step at width 128 /
+256 / 512, with a predictor half as wide (what is removed is absent from the online encoder, the target has no backward
+pass), and by the clock too if our code is tight. The default adds words and a wider predictor: 1.23 / 1.35 / 1.43.
 Thinking once saves time in long answers only, and because the decoder is shallow: a question costs what it costs a GPT.
 
 What is compared is called in turn, A B C A B C ..., so that a busy moment hits all alike: trust ratios, not times.
@@ -189,6 +190,8 @@ def steps(lab):
             arms["GPT of our blocks", name] = gpt_step(lab, gpt, adamw, dtype)
             for i, kind in enumerate(train.PHASES, 1):
                 arms[f"phase {i}, {kind}", name] = phase(lab, kind, dtype, lab.some, **shape(width))[1]
+            latent = shape(width) | dict(mlm=0.0, pred_embd=width // 2)
+            arms["phase 1, latents alone", name] = phase(lab, "pretrain", dtype, **latent)[1]
         lab.measure("Training step", arms, lab.size.calls, width)
 
 def growth(lab):
