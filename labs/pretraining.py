@@ -53,7 +53,7 @@ from labs.measures import features, logistic_probe, rankme
 
 FOLDER = Path(data.__file__).parent
 TEXT = FOLDER / "wordnet" / "input.txt"
-GRID = (5e-4, 1e-3, 2e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3)
 BUDGETS = {"2.5M": 800, "7M": 2280}     # steps of 48 rows of 64 tokens
 TUNED = "2.5M"
 LOOKS = (1, 2, 4, 8)                    # eighths of a long run at which it is measured, for the curve

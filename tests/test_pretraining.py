@@ -238,7 +238,7 @@ def test_the_choice_is_the_best_on_dev_and_the_final_run_takes_it_over():
 
 def test_tuning_gives_every_trained_arm_the_same_grid():
     runs = pretraining.tuning({"facts": {}, "glosses": {}}, ["default", "masked LM", "random-init"], pretraining.GRID)
-    assert len(runs) == 2 * (3 + 3 + 1) and all(cfg.tune for cfg in runs.values())
+    assert len(runs) == 2 * (4 + 4 + 1) and all(cfg.tune for cfg in runs.values())
 
 
 def test_tuning_survives_an_arm_that_diverges_and_a_final_run_does_not(tmp_path, monkeypatch):
