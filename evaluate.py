@@ -207,7 +207,8 @@ def draw_curves(rows, phases, path):
     begin, total = {}, 0
     for phase in phases:
         begin[phase], total = total, total + max((row["step"] for row in rows if row["phase"] == phase), default=0)
-    panels = {"losses of the phases": ("latent", "token", "sigreg"), "R2: 0 knows the average only": ("r2", "val_r2"),
+    panels = {"losses of the phases": ("latent", "mlm", "token", "sigreg"),
+              "R2: 0 knows the average only": ("r2", "val_r2"),
               "std across sequences": ("std",), "rank of the target, and its bound": ("rank", "bound"),
               "hit rate of spans, R@1 of answers": ("hit1", "chance", "r1_DEC_heldout", "r1_LAT_heldout"),
               "exact match": ("em_DEC", "em_DEC_heldout", "em_LAT", "em_LAT_heldout", "em_TXT_heldout")}

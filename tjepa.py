@@ -1,7 +1,7 @@
 """Text T-JEPA in one file: an encoder that learns by predicting latents, and a decoder that says what it thinks.
 
     phase 1  pretrain   the online encoder reads a text with spans removed; a predictor guesses, in latent space, what
-                        an EMA copy of it (the target) makes of them, and says their words (mlm)   [v1.1 section 3.1]
+                        an EMA copy of the encoder makes of them (and, ours, their words: mlm)     [v1.1 section 3.1]
     phase 2  distill    question -> encoder -> predictor -> thought; the thought is pulled to the answer's latent,
                         as a teacher sees it. No answer token is ever produced                     [v1.1 section 3.3]
     phase 3  speak      the rest is frozen; a decoder attends to the thought and learns to say it  [v1.1 section 3.2]
@@ -42,12 +42,12 @@ class Config:
     target: str = "span"        # span: one mean latent a span, as in the paper | token: one latent a token
     top_k: int = 4              # layers averaged into the target; 1 = the last layer only, as in the paper
     target_norm: bool = True    # layer-norm the targets once more: off, shrinking them is the easiest way down
-    loss: str = "mse"           # distance to the target: mse | smooth_l1 | infonce | none (a masked LM, by mlm alone)
-    sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: 0 collapses to a few dimensions
+    loss: str = "mse"           # distance to the target: mse | smooth_l1 | infonce | none (then mlm alone)
+    sigreg: float = 1.0         # pull of the latents towards an isotropic Gaussian: at 0 they use fewer dimensions
     vicreg: float = 0.0         # variance-covariance pull, the older cure of the same disease
-    mlm: float = 1.0            # weight of a masked-LM term beside it: tokens ground the latents. 0 as in the papers
+    mlm: float = 1.0            # weight of a masked-LM term beside the latent one: it grounds latents. Papers: 0
     ema_half_life: float = 100  # steps after which half of the target is newer; 0: it is the online one, inf: frozen
-    stop_gradient: bool = True  # off: targets are the online encoder's own, and learn to be easy: a collapse
+    stop_gradient: bool = True  # off: targets are the online encoder's own, and learn to be easy: with mlm=0 a collapse
     teacher_width: int = 0      # of answer latents, 0 = the own target encoder's; phase 2 sets it by --teacher
     question_drop: float = 0.2  # share of question tokens dropped in phase 2, so that no single wording is leaned on
     memory: str = "thought"     # what the decoder reads: tokens | thought | both
@@ -173,7 +173,7 @@ class Prediction(NamedTuple):
     weight: torch.Tensor    # (B, S) True where there is such a span
     context: torch.Tensor   # (B, T-K, C) the online encoder's latents
     real: torch.Tensor      # (B, T-K) False where the context is padding
-    words: torch.Tensor     # (B, K, C) what the removed tokens are read from, one by one
+    words: torch.Tensor     # (B, K, C) what the removed tokens' words are read from; with mlm=0 it means nothing
     missing: torch.Tensor   # (B, K) ids of the removed tokens, -100 in surplus slots
 
 def sample_spans(tokens, word_start, cfg):
@@ -209,7 +209,7 @@ def split_spans(spans, tokens, n_removed, cfg):
 
 class Predictor(nn.Module):
     """A transformer that reads the context latents and fills in queries (v1.1 section 3.1): a learned vector each, that
-    says where something is missing and nothing of what. Words leave by a door of their own: one for both hurt both."""
+    says where something is missing and nothing of what. Words have a map of their own: by one for both latents fade."""
     def __init__(self, cfg):
         super().__init__()
         self.enter = nn.Linear(cfg.n_embd, cfg.pred_embd, bias=False)
@@ -386,7 +386,7 @@ class TJEPA(nn.Module):
             target = self.forward_target(tokens, parts)
         kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
         real = kept != self.cfg.pad
-        context, filled, words = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K | K | K, C)
+        context, filled, words = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K, C), (B, K, C)
         missing = tokens.gather(1, parts.removed).masked_fill(~asked, -100)
         return Prediction(average(parts.pool, filled), target, parts.pool.sum(2) > 0, context, real, words, missing)
 

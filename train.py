@@ -30,7 +30,7 @@ import tjepa
 from flags import pick_device, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
-FORMAT = 1                      # of the checkpoint; raised when an older program could not read a newer file
+FORMAT = 2                      # of the checkpoint; raised when an older program could not read a newer file
 INTERRUPTED = []                # filled by Ctrl-C; the loop looks at it between two steps, so that a step is whole
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
     phase: str = "all"          # pretrain | distill | speak | all; distill and speak continue the run in --out
     preset: str = "tiny"        # tiny: 300 facts, minutes on a CPU | laptop: all facts, longer | gpu: wider too
-    recipe: str = "default"     # default: latents and tokens | latent: latents alone | paper: v1.1 section 3.1
+    recipe: str = "default"     # default: latents and tokens | latent: latents alone, narrow | paper: v1.1 section 3.1
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt of your own (phase 1 needs nothing else)
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
@@ -82,6 +82,7 @@ class Config(tjepa.Config):
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
             ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: v >= 0, "0 or more"),
             ("rounds", lambda v: self.distill_steps % v == 0, f"a divisor of distill_steps = {self.distill_steps}"),
+            ("loss", lambda v: v != "none" or self.mlm, "mse, smooth_l1 or infonce where --mlm=0"),
             ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
@@ -90,21 +91,22 @@ PRESETS = dict(
     laptop=dict(facts="all", vocab_size=4096, pretrain_steps=800, distill_steps=1200, speak_steps=1200, eval_every=400),
     gpu=dict(facts="all", vocab_size=4096, n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256,
              qa_batch_size=512, pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
-LATENT = dict(mlm=0.0, pred_embd=64)            # a predictor narrower than the encoder, so that knowledge stays there
+LATENT = dict(mlm=0.0, pred_embd=64)            # half as wide as the tiny encoder: so the labs have measured it
 RECIPES = dict(default={}, latent=LATENT, paper=LATENT | dict(
     target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0))
 # what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
-FIXED = tuple("data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions".split())
+FIXED = tuple("recipe data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions "
+              "mlm top_k target_norm".split())
 
 # -- from flags to a Config --------------------------------------------------------------------------------------------
 def resolve(given):
-    """The Config of a command line: defaults < preset < recipe < the run that is continued < what was given."""
+    """The Config of a command line: defaults < the run that is continued < preset < recipe < what was given."""
     base, out = {}, given.get("out", Config.out)
+    asked = PRESETS.get(given.get("preset"), {}) | RECIPES.get(given.get("recipe"), {}) | given
     if given.get("resume") or given.get("phase") in PHASES[1:]:
         base = {**load_checkpoint(out)["config"], "resume": False}
-        same_run(out, base, given)
-    base |= PRESETS.get(given.get("preset"), {}) | RECIPES.get(given.get("recipe"), {})
-    return Config(**{**base, **given})
+        same_run(out, base, asked)
+    return Config(**{**base, **asked})
 
 def same_run(out, saved, asked):
     """ValueError if a config (or the flags given) asks for other weights than those of the run in out."""

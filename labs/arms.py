@@ -39,10 +39,25 @@ def machine():
     """Where a figure was measured, in words."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
+def settings(cfg):
+    """What an arm is, but for its seed and where it runs: its fields, as JSON has them."""
+    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("seed", "out", "device")}
+    return json.loads(json.dumps(fields))
+
+def measured(path, cfg):
+    """Is the result of an arm on disk? ValueError if it is that of another arm which had its name."""
+    if not path.exists():
+        return False
+    then, now = json.loads(path.read_text()).get("config", {}), settings(cfg)
+    if other := [name for name in then if then[name] != now.get(name)]:
+        raise ValueError(f"{path} was measured with {other[0]}={then[other[0]]}, and now it is {now.get(other[0])}: "
+                         "take another --out, or remove its folder")
+    return True
+
 def run_arm(name, cfg, measure):
     """Run one arm; its row is on disk, as result.json, the moment it is measured."""
     figures = measure(cfg)
-    row = dict(arm=name, seed=cfg.seed, commit=commit(), device=machine())
+    row = dict(arm=name, seed=cfg.seed, commit=commit(), device=machine(), config=settings(cfg))
     (Path(cfg.out) / "result.json").write_text(json.dumps(row | figures))
     return f"arm {name}, seed {cfg.seed}"
 
@@ -73,14 +88,15 @@ def run_arms(lab, arms, flags, measure=train.run):
     folder = Path(flags.out) / (lab + "-fast" * flags.fast)
     todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
             for seed in range(flags.seeds) for name in chosen(flags, arms)
-            if flags.redo or not (folder / f"{name}_{seed}" / "result.json").exists()]
+            if flags.redo or not measured(folder / f"{name}_{seed}" / "result.json", arms[name])]
     started = time.perf_counter()
     for i, name in enumerate(finish(todo, flags.jobs), 1):
         eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
         print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
     with open(folder.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, sorted({name: 0 for row in rows for name in row}))
+        names = sorted({name for row in rows for name in row if name != "config"})
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     return rows

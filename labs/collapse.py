@@ -8,7 +8,8 @@ Expected before the first run: without stop-gradient, without EMA and without a 
 positions collapse onto position; the paper's recipe loses rank but lives; SIGReg, VICReg and InfoNCE cure it.
 
 Every arm is the paper's recipe with one thing changed, but for train.py's recipes and the masked LM, the token-grounded
-control (an encoder that reads [MASK]s). All share tokens, width, seeds and one learning rate: it was not tuned an arm.
+control (an encoder that reads [MASK]s). All share tokens, the encoder's width, seeds and one learning rate: it was not
+tuned an arm.
 After phase 1 each arm is judged by what a student wants of it: a probe (on which continent is the country that a
 question names?), the cloze, and a short phase 2 (R@1 of the thought for LAT facts). The health word sees none of these:
 its thresholds come from seed 0 of every second arm, and the last table says how often it is right on other seeds.
@@ -29,7 +30,7 @@ from labs.arms import Flags, main, markdown, publish, run_arms, table
 from labs.measures import content_sensitivity, features, logistic_probe
 
 BASE = train.Config(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100, **train.RECIPES["paper"])
-LATENT = dict(sigreg=1.0, top_k=4, target_norm=True)     # with the paper's: train.py's recipe of latents alone
+CURED = dict(sigreg=1.0, top_k=4, target_norm=True)     # with the paper's: train.py's recipe of latents alone
 CHANGES = {
     "random-init encoder": dict(pretrain_steps=0),
     "paper": {},
@@ -47,11 +48,11 @@ CHANGES = {
     "+ InfoNCE": dict(loss="infonce"),
     "+ VICReg": dict(vicreg=1.0),
     "+ SIGReg": dict(sigreg=1.0),
-    "recipe=latent": LATENT,
-    "latent without predictor": LATENT | dict(pred_layer=0),
-    "latent with 4 x 128 predictor": LATENT | dict(pred_layer=4, pred_embd=128),
+    "recipe=latent": CURED,
+    "latent without predictor": CURED | dict(pred_layer=0),
+    "latent with 4 x 128 predictor": CURED | dict(pred_layer=4, pred_embd=128),
     "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
-    "default": LATENT | dict(mlm=1.0, pred_embd=128),
+    "default": CURED | dict(mlm=1.0, pred_embd=128),
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
 COLUMNS = {"rank / bound": "share", "std": "std", "cos": "cos", "position": "pos", "R2": "val_r2", "hit1": "hit1",

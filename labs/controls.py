@@ -92,8 +92,11 @@ class Reader(GPT):
 class MaskedLM:
     """The token output of a T-JEPA that was trained with an mlm term, asked as `TJEPA.energy` is asked.
     mean: of the log-probabilities of a span's tokens their mean, else their sum. Long words lose by the sum, and by
-    the mean words whose end follows from their beginning win: between candidates of equal length they agree."""
+    the mean words whose end follows from their beginning win: between candidates of equal length they agree. Valid
+    after phase 1 alone: phase 2 moves the encoder, and what reads words from it stays where it was."""
     def __init__(self, model, mean):
+        if not model.cfg.mlm:
+            raise ValueError("--mlm=0: no word of this run can be asked for")
         self.cfg, self.model, self.mean = model.cfg, model, mean
 
     @torch.no_grad()

@@ -39,8 +39,8 @@ from labs.controls import Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
 
-SIZES = {"large": dict(n_embd=256, pred_embd=256, n_layer=5), "medium": {},
-         "small": dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3)}
+SIZES = {"large": dict(n_embd=256, pred_embd=128, n_layer=5), "medium": {},
+         "small": dict(n_embd=64, pred_embd=32, n_layer=3, top_k=3)}
 TINY = {"large": dict(n_embd=32, pred_embd=16, n_layer=2, top_k=2),
         "medium": dict(n_embd=16, pred_embd=16, n_layer=2, top_k=2),
         "small": dict(n_embd=8, pred_embd=8, n_layer=1, top_k=1)}
@@ -53,6 +53,8 @@ MASKED_LM = dict(loss="none", mlm=1.0, pred_layer=0, sigreg=0.0)
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm."""
+    mlm: float = 0.0            # latents alone, as v2.0 has it: its claims are tested here
+    pred_embd: int = 64         # half as wide as the encoder, in each size
     size: str = "large"         # large | medium | small
     route: str = "read answers speak"   # through what it goes, see `learn`: read answers speak are phases 1 to 3
     text: str = "tokens+pooled+guess"   # --align of the part of a route that is called text

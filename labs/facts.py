@@ -2,7 +2,7 @@
 Do facts taught in latent space become speech? Teachers, memories, controls; what helps in new phrasings.
 
     python -m labs.facts --jobs=4                   3 seeds of each arm: phase 1 once a seed, most arms share it
-    python -m labs.facts --arms="default,GPT" these two; an arm whose phases others share is run first by itself
+    python -m labs.facts --arms="recipe=latent,n_slots=1"    an arm whose phases others share is run first
     python -m labs.facts --table=README.md          the tables of the first page; --table=labs/README.md: all of them
     python -m labs.facts --fast                     does it run?
 
@@ -46,8 +46,8 @@ SEVERAL = 10        # the first seed of the levers
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm: flags of train.py, and what only an experiment changes. {NAME} in teacher is the folder of that arm."""
-    mlm: float = 0.0            # latents alone, as the papers have it: their claims are tested here. The arm `default`
-    pred_embd: int = 64         # is train.py's
+    mlm: float = 0.0            # latents alone, as the papers have it: their claims are tested here
+    pred_embd: int = 64         # and a predictor half as wide; arms called default take train.py's
     eval_every: int = 10 ** 9   # a phase is measured at its beginning and at its end
     way: str = "t-jepa"         # t-jepa: train.py's phases | gpt | constant: no model | shuffled L_a | continual: A, B
     start: str = ""             # the arm whose phases before `phase` are copied; "": all phases of its own
@@ -134,7 +134,8 @@ def relabel(questions, split):
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 def as_trained(run):
-    """The run, asked for what it was trained for: a masked LM for tokens, as its latent predictions never learned."""
+    """The run, asked for what it was trained for: a masked LM for tokens, as its latent predictions never learned. Of
+    a run that has both the latents are asked."""
     return run._replace(model=MaskedLM(run.model, mean=True)) if run.cfg.loss == "none" else run
 
 def energies(run, subject, values, wordings):
@@ -385,16 +386,16 @@ READ = {        # arms with a phase 1 of their own
     "default": Config(**DEFAULT),
     "recipe=latent": Config(**train.RECIPES["latent"]),
     "recipe=paper": Config(**train.RECIPES["paper"]),
-    "random-init encoder": Config(pretrain_steps=0, **DEFAULT),
-    "latent from random-init encoder": Config(pretrain_steps=0),
+    "random-init encoder": Config(pretrain_steps=0),
+    "default from random-init encoder": Config(pretrain_steps=0, **DEFAULT),
     "latent without predictor": Config(pred_layer=0),
     "masked LM": Config(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
     "default with narrow predictor": Config(mlm=1.0),
     "default without predictor": Config(mlm=1.0, pred_layer=0),
     "default without predictor mlm=.3": Config(mlm=0.3, pred_layer=0),
-    "read three times as long": Config(pretrain_steps=2400),
-    "text in 12 wordings": Config(text="wordings"),
-    "text with questions of DEC": Config(text="questions"),
+    "latent reads three times as long": Config(pretrain_steps=2400),
+    "latent text in 12 wordings": Config(text="wordings"),
+    "latent text with questions of DEC": Config(text="questions"),
 }
 TEACHERS = {
     "random-init encoder taught by recipe=latent": Config(pretrain_steps=0, teacher="ckpt:{recipe=latent}/pretrain"),
@@ -422,7 +423,7 @@ TOLD = {
     "commonest DEC answer": Config(way="constant"),
     "GPT": Config(way="gpt"),
     "GPT told LAT too": Config(way="gpt", start="GPT", told="DEC LAT"),
-    "GPT of equal parameters": Config(way="gpt", n_layer=10),
+    "GPT of 10 layers": Config(way="gpt", n_layer=10),
 }
 CONTINUAL = {
     "A then B": distilled(way="continual"),
@@ -478,18 +479,19 @@ AFTER = {f"{title} of {half}, {when} B": f"{figure}_heldout_{half}_{when}" for h
     ("A", ("before", "after")), ("B", ("before", "after"))) for when in whens
     for title, figure in (("R@1 LAT", "r1_LAT"), ("EM LAT", "em_LAT"), ("EM DEC", "em_DEC"))}
 
-FRONT = some("default", "recipe=latent", "recipe=paper", "random-init encoder")
+FRONT = some("default", "recipe=latent", "recipe=paper", "random-init encoder",
+             "default from random-init encoder")
 FIRST = {"Phase 1": (FRONT, PHASE_1), "R@1 of the thought after phase 2": (FRONT, R1),
          "Exact match of greedy speech": (FRONT | some("GPT", "commonest DEC answer"), EM),
          "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER)}
 ALL = {"Phase 1": (READ, PHASE_1), "What phase 1 is worth for speech": (READ, EM),
        "Teachers and their controls: thoughts in held-out phrasings, R2 over the mean of the relation": (
-           some("recipe=latent", "latent from random-init encoder") | TEACHERS, HELD_OUT),
+           some("recipe=latent", "random-init encoder") | TEACHERS, HELD_OUT),
        "Teachers and their controls: exact match": (
-           some("recipe=latent", "latent from random-init encoder") | TEACHERS, EM),
+           some("recipe=latent", "random-init encoder") | TEACHERS, EM),
        "What the decoder reads (recipe=latent: the thought in 4 slots)": (some("recipe=latent") | MEMORY, EM),
        "Taught as tokens, and GPTs": (some("recipe=latent") | TOLD, EM),
-       "Only read (TXT): attempts": (READ | some("GPT", "GPT of equal parameters", "commonest DEC answer"), TXT),
+       "Only read (TXT): attempts": (READ | some("GPT", "GPT of 10 layers", "commonest DEC answer"), TXT),
        "The nearest concept instead of the thought": (READ | some("teacher gpt", "teacher random codes"), SNAPPED),
        "NEVER: signs of not knowing": (READ | TEACHERS, SIGNS),
        "Facts A, then facts B; the decoder has seen A only; held-out phrasings": (CONTINUAL, AFTER),

@@ -20,9 +20,9 @@ P* is where the probe of a level, on sentences that phase 1 has not seen, passes
 encoder to 1: on a line in log P between the tried P on its two sides. This was fixed before the grid was run. All arms
 of a seed share the grammar, the sentences (those of a small P are among those of a larger), model size, batch, masks,
 the learning rate (not tuned an arm) and the number of optimizer steps; so the epochs differ with P. What is not
-train.py's default, in any arm: width 64; spans of one or two tokens, and a target a token, because a span would mix
-symbols; learned positions, because rotary ones know distances only and leave it to the encoder to find out where a
-pair begins (the masked LM learned more slowly so in prototypes).
+train.py's default, in any arm: width 64; latents alone, where the name does not say masked LM; spans of one or two
+tokens, and a target a token, because a span would mix symbols; learned positions, because rotary ones know distances
+only and leave it to the encoder to find out where a pair begins (the masked LM learned more slowly so in prototypes).
 """
 import dataclasses
 import math

@@ -3,7 +3,7 @@ What is phase 1 worth? Encoders of one size, trained on the same tokens with dif
 
     python data/wordnet/prepare.py --input=../shared/data/text/wordnet_common.txt     the real text, and
     python data/probes/prepare.py --input=../shared/data                              the probes of real text, once
-    python -m labs.pretraining --arms="default,masked LM,random-init" --budget=2.5M   the comparison that decides
+    python -m labs.pretraining --arms="default,latent,masked LM,random-init" --budget=2.5M     what decides
     python -m labs.pretraining --jobs=16                                              all arms, both budgets
     python -m labs.pretraining --fast                                                 does it run?
 
@@ -16,7 +16,8 @@ Two worlds: the facts of train.py (tiny), and WordNet's glosses. In each every a
 steps, batches of a seed and schedule (its cosine ends with the run, so a point within a run of 7M is not a run of that
 length). For each arm and world the learning rate (of GRID) and what is read (the last layer, or the mean of all four,
 layer-normed) are those with the best mean of the dev accuracies, after 2.5M tokens with seed 0; 7M takes them over.
-Not shared: without a predictor (.12M weights) the encoder reads [MASK]s, and it alone fills them in.
+Not shared: the predictor, .44M weights in the default, .12M where it is half as wide, none where the encoder reads
+[MASK]s and it alone fills them in.
 
 Probes are logistic regressions on the mean over a text's tokens, frozen; the penalty is chosen on dev, test is looked
 at once. Texts of real probes are cut after block_size tokens. The facts world:
@@ -316,7 +317,7 @@ def measure(cfg):
             step = cfg.pretrain_steps if whole else call * cfg.eval_every
             curve.append(dict(tokens=step * cfg.batch_size * cfg.block_size) | judge(run, probes))
         return {}           # the log of a run has no columns for these
-    if cfg.tuned and not cfg.seed:
+    if cfg.tuned and not cfg.seed and Path(cfg.tuned).exists():
         run.model.load_state_dict(torch.load(cfg.tuned, map_location=run.device, weights_only=True))
         look(True)
         return curve[-1] | dict(lr=cfg.pretrain_lr, curve=curve)

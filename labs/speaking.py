@@ -504,19 +504,19 @@ def measure(cfg):
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 GENTLE = dict(speak_lr=train.Config.distill_lr)
-DEFAULT = {"annealed": Config()}
-SCHEDULED = DEFAULT | {"alpha 0 (v2.0)": Config(alpha="constant", alpha_start=0.0)}
+ANNEALED = {"annealed": Config()}
+SCHEDULED = ANNEALED | {"alpha 0 (v2.0)": Config(alpha="constant", alpha_start=0.0)}
 SCHEDULED |= {f"alpha {alpha}": Config(alpha="constant", alpha_start=alpha) for alpha in (0.1, 0.25, 0.5, 0.9)}
 SCHEDULED |= {"annealed from 0.9": Config(alpha_start=0.9), "reversed": Config(alpha="reversed"),
               "shuffled latent target": Config(goal="shuffled")}
-ENCODERS = DEFAULT | {
+ENCODERS = ANNEALED | {
     "annealed at 5e-4": Config(**GENTLE), "fine-tuned": Config(encoder="tuned"),
     "fine-tuned at 5e-4": Config(encoder="tuned", **GENTLE),
     "joint": Config(encoder="joint", distill_lr=train.Config.speak_lr), "joint at 5e-4": Config(encoder="joint")}
-MEMORIES = DEFAULT | {
+MEMORIES = ANNEALED | {
     "1 slot": Config(n_slots=1), "memory=tokens": Config(memory="tokens"), "random encoder": Config(encoder="random"),
     "random encoder with memory=tokens": Config(encoder="random", memory="tokens"), "no memory": Config(deaf=True)}
-SILENT = DEFAULT | {
+SILENT = ANNEALED | {
     "taught I don't know in phase 3": Config(idk="speech"),
     "taught I don't know in phases 2 and 3": Config(idk="latent"),
     "GPT": Config(kind="gpt"), "GPT at 5e-4": Config(kind="gpt", **GENTLE),

@@ -101,3 +101,14 @@ def test_probe_countries_have_one_continent_each():
     for question, continent, country in collapse.continents(corpus):
         assert country[4:] in question and of.setdefault(country, continent) == continent
     assert len(of) > 30 and len(set(of.values())) >= 5
+
+
+def test_a_result_of_another_arm_of_that_name_is_not_taken_for_this_one(tmp_path):
+    """What `default` means may change: old figures must not be printed as new ones."""
+    flags = arms.Flags(seeds=1, out=str(tmp_path), arms="a")
+    assert len(arms.run_arms("lab", ARMS, flags, measure)) == 1
+    first = arms.run_arms("lab", ARMS, flags, measure)                     # it is on disk: not run again
+    assert first[0]["config"] == arms.settings(ARMS["a"])
+    changed = dict(ARMS, a=dataclasses.replace(ARMS["a"], mlm=0.0))
+    with pytest.raises(ValueError, match="measured with mlm=1.0, and now it is 0.0"):
+        arms.run_arms("lab", changed, flags, measure)

@@ -117,7 +117,7 @@ def test_recipe_paper_is_the_paper(tmp_path):
                                      dict(ema_half_life=0), dict(accum=2), dict(dtype="bf16"), dict(recipe="paper", top_k=1)])
 def test_every_objective_trains(toy, changes):
     folder, *_ = toy
-    figures = train.run(config(folder, "objective", phase="pretrain", pretrain_steps=4, **changes))
+    figures = train.run(config(folder, "objective" + "-".join(changes), phase="pretrain", pretrain_steps=4, **changes))
     assert np.isfinite(figures["loss"]) and figures["grad"] > 0
 
 
@@ -321,7 +321,7 @@ def test_help_lists_every_flag_with_its_reason(capsys):
     assert stop.value.code == 0
     for name in train.Config.__dataclass_fields__:
         assert f"--{name}" in text
-    assert "collapses to a few dimensions" in text
+    assert "fewer dimensions" in text
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------------
@@ -389,6 +389,18 @@ def test_every_recipe_fits_every_preset_and_only_the_default_sees_tokens():
         tokens = {recipe: train.resolve(dict(recipe=recipe, preset=preset)).mlm for recipe in train.RECIPES}
         assert tokens == dict(default=1, latent=0, paper=0)
         assert train.resolve(dict(recipe="latent", preset=preset)).sigreg > 0
+
+
+@pytest.mark.parametrize("flag", ["--recipe=latent", "--mlm=0", "--pred_embd=16", "--top_k=1"])
+def test_a_later_phase_cannot_change_what_phase_1_was(toy, capsys, flag):
+    """A recipe is a set of flags: each of them counts, named or not."""
+    folder, *_ = toy
+    run = config(folder, "fixed", phase="pretrain", pretrain_steps=2, pred_embd=32)
+    train.run(run)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--phase=distill", f"--out={run.out}", flag])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and flag.split("=")[0] in said and "Traceback" not in said
 
 
 def test_a_phase_begun_anew_keeps_what_was_there_and_shows_no_figure_of_it(tmp_path):
