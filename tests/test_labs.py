@@ -1,4 +1,5 @@
 """What a table of a lab can be trusted for, one property a test. Nothing is trained here."""
+import dataclasses
 import json
 import os
 
@@ -106,9 +107,9 @@ def test_probe_countries_have_one_continent_each():
 def test_a_result_of_another_arm_of_that_name_is_not_taken_for_this_one(tmp_path):
     """What `default` means may change: old figures must not be printed as new ones."""
     flags = arms.Flags(seeds=1, out=str(tmp_path), arms="a")
-    assert len(arms.run_arms("lab", ARMS, flags, measure)) == 1
-    first = arms.run_arms("lab", ARMS, flags, measure)                     # it is on disk: not run again
+    assert len(arms.run_arms("lab", ARMS, flags, toy.measure)) == 1
+    first = arms.run_arms("lab", ARMS, flags, toy.measure)                     # it is on disk: not run again
     assert first[0]["config"] == arms.settings(ARMS["a"])
     changed = dict(ARMS, a=dataclasses.replace(ARMS["a"], mlm=0.0))
     with pytest.raises(ValueError, match="measured with mlm=1.0, and now it is 0.0"):
-        arms.run_arms("lab", changed, flags, measure)
+        arms.run_arms("lab", changed, flags, toy.measure)
