@@ -389,6 +389,7 @@ READ = {        # arms with a phase 1 of their own
     "random-init encoder": Config(pretrain_steps=0),
     "default from random-init encoder": Config(pretrain_steps=0, **DEFAULT),
     "latent without predictor": Config(pred_layer=0),
+    "latent with wide predictor": Config(pred_embd=train.Config.pred_embd),
     "masked LM": Config(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
     "default with narrow predictor": Config(mlm=1.0),
     "default without predictor": Config(mlm=1.0, pred_layer=0),
