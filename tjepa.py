@@ -182,8 +182,7 @@ def sample_spans(tokens, word_start, cfg):
     word_start: bool (vocab_size,), True for tokens that begin a word. Returns the span each token belongs to, (B, T):
     0..S-1, or S for a token that stays. Each row loses mask_ratio of its real tokens, exactly: shapes stay static."""
     (B, T), S = tokens.shape, cfg.max_spans
-    t = torch.arange(T, device=tokens.device)
-    real = tokens != cfg.pad                                                            # (B, T)
+    t, real = torch.arange(T, device=tokens.device), tokens != cfg.pad                  # (T,), (B, T)
     length = real.sum(1, keepdim=True)                                                  # (B, 1)
     begins = word_start[tokens] | ~real | (t == 0)                                      # (B, T)
     first = torch.where(begins, t, 0).cummax(1).values                                  # start of the word t lies in
@@ -318,8 +317,7 @@ def sigreg(z, n_slices=64):
 
 def vicreg(z):
     """VICReg's two regularisers (2022) of z (N, C), in its own proportion 25 : 1: keep a variance, drop covariance."""
-    z = z.float() - z.float().mean(0)
-    cov = z.T @ z / (len(z) - 1)                                                        # (C, C)
+    cov = torch.cov(z.float().T)                                                        # (C, C)
     variance = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return variance + (cov - cov.diagonal().diag()).pow(2).sum() / z.size(1) / 25
 
@@ -472,9 +470,11 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0):
         return logits.argmax(-1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
-    ranked, order = F.softmax(logits / temperature, dim=-1).sort(descending=True)
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)     # the smallest set that holds top_p
-    return order.gather(1, torch.multinomial(ranked, 1))[:, 0]
+    p = F.softmax(logits / temperature, dim=-1)
+    if top_p < 1:                                       # the smallest set that holds top_p; sorting takes its time
+        ranked, order = p.sort(descending=True)
+        p = p.scatter(1, order, ranked * (ranked.cumsum(-1) - ranked < top_p))
+    return torch.multinomial(p, 1)[:, 0]
 
 # -- the collapse panel: a falling latent loss says nothing without it -------------------------------------------------
 @torch.no_grad()
