@@ -66,7 +66,8 @@ class Text:
 
     def batch(self, n):
         """n random rows, (n, block_size), by torch's global generator: a function of the seed set before."""
-        return self.rows(torch.randint(len(self.starts), (n,)).numpy())
+        rows = self.rows(torch.randint(len(self.starts), (n,)).numpy())
+        return rows.pin_memory() if torch.cuda.is_available() else rows     # pinned, it travels while a GPU computes
 
 
 class Corpus(NamedTuple):

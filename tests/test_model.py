@@ -218,6 +218,17 @@ def test_decay_is_for_matrices_alone(model):
     assert free["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("changes", [{}, dict(mlm=0.0), dict(target="token", loss="infonce"), dict(pred_layer=0)])
+def test_phase_1_compiles_without_a_graph_break(changes):
+    """--compile: masking and loss are one graph each, whatever the objective; nothing in them waits for a GPU."""
+    model, tokens = make(**changes), rows(4, 16)
+    for act, given in (model.pretrain_loss, (tokens, spans_of(model, tokens))), (
+            lambda tokens: tjepa.sample_spans(tokens, model.word_start, model.cfg), (tokens,)):
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(act)(*given)
+        assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
+
+
 # -- attention ------------------------------------------------------------------------------------------------------------
 
 def test_padding_changes_nothing(model):
