@@ -144,7 +144,7 @@ def draw(folder, rows, arms, seeds, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    colour = {arm: plt.get_cmap("nipy_spectral")(i / len(arms)) for i, arm in enumerate(arms)}
+    colour = dict(zip(arms, ["black", *plt.get_cmap("tab20").colors]))
     for axis, (title, name) in zip(axes.flat, PANELS.items()):
         for arm in arms:
             axis.plot(*curve(folder, arm, seeds, name), color=colour[arm], linewidth=1.2)
