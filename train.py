@@ -86,11 +86,11 @@ class Config(tjepa.Config):
             ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
-PRESETS = dict(
-    tiny={},
-    laptop=dict(facts="all", vocab_size=4096, pretrain_steps=800, distill_steps=1200, speak_steps=1200, eval_every=400),
-    gpu=dict(facts="all", vocab_size=4096, n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256,
-             qa_batch_size=512, pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
+PRESETS = dict(tiny={}, laptop=dict(
+    facts="all", vocab_size=4096, pretrain_steps=2000, pretrain_lr=2e-3, distill_steps=2400, speak_steps=1600,
+    eval_every=800), gpu=dict(
+    facts="all", vocab_size=4096, n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256, qa_batch_size=512,
+    pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
 LATENT = dict(mlm=0.0, pred_embd=64)            # half as wide as the tiny encoder: so the labs have measured it
 RECIPES = dict(default={}, latent=LATENT, paper=LATENT | dict(
     target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0))
