@@ -52,7 +52,7 @@ CHANGES = {
     "latent without predictor": CURED | dict(pred_layer=0),
     "latent with 4 x 128 predictor": CURED | dict(pred_layer=4, pred_embd=128),
     "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
-    "default": CURED | dict(mlm=1.0, pred_embd=128),
+    "default": CURED | dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd),
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
 COLUMNS = {"rank / bound": "share", "std": "std", "cos": "cos", "position": "pos", "R2": "val_r2", "hit1": "hit1",

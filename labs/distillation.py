@@ -53,8 +53,8 @@ MASKED_LM = dict(loss="none", mlm=1.0, pred_layer=0, sigreg=0.0)
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm."""
-    mlm: float = 0.0            # latents alone, as v2.0 has it: its claims are tested here
-    pred_embd: int = 64         # half as wide as the encoder, in each size
+    mlm: float = train.LATENT["mlm"]    # latents alone, as v2.0 has it: its claims are tested here
+    pred_embd: int = train.LATENT["pred_embd"]  # half as wide as the encoder, in each size
     size: str = "large"         # large | medium | small
     route: str = "read answers speak"   # through what it goes, see `learn`: read answers speak are phases 1 to 3
     text: str = "tokens+pooled+guess"   # --align of the part of a route that is called text

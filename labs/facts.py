@@ -46,8 +46,8 @@ SEVERAL = 10        # the first seed of the levers
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm: flags of train.py, and what only an experiment changes. {NAME} in teacher is the folder of that arm."""
-    mlm: float = 0.0            # latents alone, as the papers have it: their claims are tested here
-    pred_embd: int = 64         # and a predictor half as wide; arms called default take train.py's
+    mlm: float = train.LATENT["mlm"]    # latents alone, as the papers have it: their claims are tested here
+    pred_embd: int = train.LATENT["pred_embd"]  # and a predictor half as wide; arms called default take train.py's
     eval_every: int = 10 ** 9   # a phase is measured at its beginning and at its end
     way: str = "t-jepa"         # t-jepa: train.py's phases | gpt | constant: no model | shuffled L_a | continual: A, B
     start: str = ""             # the arm whose phases before `phase` are copied; "": all phases of its own

@@ -348,7 +348,7 @@ def others(best):
     arms = {f"turk{case}": arm(8000, pairs="turk", **cases(best)[case]) for case in ("", " latent", " table")}
     arms |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
                                             n_embd=144, top_k=1) for size in (1000, 8000)}
-    jepa = arm(8000, model="t-jepa", mlm=0.0, pred_embd=64, n_embd=104, block_size=64, vocab_size=512,
+    jepa = arm(8000, model="t-jepa", **train.LATENT, n_embd=104, block_size=64, vocab_size=512,
                stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, weight_decay=0.05, pretrain_steps=1500,
                distill_steps=2000, speak_steps=2400)
     return arms | {f"8000 t-jepa {name}": dataclasses.replace(jepa, **change) for name, change in {

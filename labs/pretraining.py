@@ -95,18 +95,17 @@ class Config(train.Config):
 
 PAPER = train.RECIPES["paper"]
 MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)
-LATENT = train.RECIPES["latent"]
 CHANGES = {                     # of train.py's default; the comparison that decides comes first
     "default": {},
     "masked LM": MASKED_LM,
     "random-init": dict(pretrain_steps=0),
-    "latent": LATENT,
+    "latent": train.LATENT,
     "default without predictor": dict(pred_layer=0),
-    "default with narrow predictor": dict(pred_embd=LATENT["pred_embd"]),
+    "default with narrow predictor": dict(pred_embd=train.LATENT["pred_embd"]),
     "default with half the masked LM": dict(mlm=0.5),
-    "latent without predictor": LATENT | dict(pred_layer=0),
+    "latent without predictor": train.LATENT | dict(pred_layer=0),
     "GPT": dict(model="gpt"),
-    "latent with token target": LATENT | dict(target="token"),
+    "latent with token target": train.LATENT | dict(target="token"),
     "paper": PAPER,
     "paper + InfoNCE": PAPER | dict(loss="infonce"),
     "paper + VICReg": PAPER | dict(vicreg=1.0),

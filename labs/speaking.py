@@ -44,8 +44,8 @@ SCHEDULES = {"annealed": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progres
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm."""
-    mlm: float = 0.0                # latents alone, as the papers have it: their claims are tested here
-    pred_embd: int = 64             # and as in the lab of facts
+    mlm: float = train.LATENT["mlm"]    # latents alone, as the papers have it: their claims are tested here
+    pred_embd: int = train.LATENT["pred_embd"]  # and as in the lab of facts
     kind: str = "speaker"           # phases: 1 and 2, for the others | speaker | gpt | lookup: no decoder at all
     alpha: str = "annealed"         # how alpha_start moves: annealed to 0 | reversed: from 0 | constant
     goal: str = "own"               # the latent head's target: own, the answer's latent | shuffled: another's, always
