@@ -403,6 +403,13 @@ def test_a_later_phase_cannot_change_what_phase_1_was(toy, capsys, flag):
     assert stop.value.code == 2 and flag.split("=")[0] in said and "Traceback" not in said
 
 
+def test_a_preset_counts_flag_by_flag_when_a_run_goes_on(toy, capsys):
+    folder, cfg, _ = toy
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--phase=speak", f"--out={cfg.out}", "--preset=laptop"])
+    assert stop.value.code == 2 and "--facts=all, but the run" in capsys.readouterr().err
+
+
 def test_a_phase_begun_anew_keeps_what_was_there_and_shows_no_figure_of_it(tmp_path):
     write_corpus(tmp_path)
     out = tmp_path / "run"
