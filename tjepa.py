@@ -97,23 +97,23 @@ class Attention(nn.Module):
         """(B, T, n*C) -> n tensors (B, nh, T, hs)."""
         return x.unflatten(-1, (n, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, rope=None, memory=None, mask=None, causal=False, cache=None):
-        """x (B, T, C) -> (B, T, C). mask: True where a key may be read, (B, 1, 1, keys). cache: a dict, first empty."""
-        B, T, C = x.shape
+    def forward(self, x, rope=None, memory=None, mask=None, causal=False, cache=None, last=0):
+        """x (B, T, C) -> (B, T, C). mask: True where a key may be read, (B, 1, 1, keys). cache: a dict, first empty.
+        last: only so many tokens at the end ask, (B, last, C); 0 = all of them."""
         if memory is None:
             q, k, v = self.heads(self.qkv(x), 3)                        # one fused matmul
             q, k = rotate(q, rope), rotate(k, rope)
             if cache:
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
         else:                                                           # cross: queries from x, keys from the memory
-            w_q, w_kv = self.qkv.weight.split((C, 2 * C))
+            w_q, w_kv = self.qkv.weight.tensor_split((x.size(-1),))
             q, = self.heads(F.linear(x, w_q), 1)
             k, v = (cache["k"], cache["v"]) if cache else self.heads(F.linear(memory, w_kv), 2)
         if cache is not None:
             cache["k"], cache["v"] = k, v
         with torch.autocast("cpu", enabled=False):      # fp32: a CPU's bf16 backward was measured 20 x slower
-            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal and T > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))            # from (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q[:, :, -last:].float(), k.float(), v.float(), mask, is_causal=causal)
+        return self.proj(y.transpose(1, 2).flatten(2))                  # from (B, nh, T, hs)
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, cross-attention if there is a memory to read, MLP."""
@@ -128,9 +128,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd, bias=False), nn.GELU(),
                                  nn.Linear(4 * n_embd, n_embd, bias=False))
 
-    def forward(self, x, rope, mask=None, causal=False, memory=None, memory_mask=None, cache=(None, None)):
-        """x (B, T, C) -> (B, T, C). cache: of the self- and of the cross-attention."""
-        x = x + self.attn(self.norm_attn(x), rope, mask=mask, causal=causal, cache=cache[0])
+    def forward(self, x, rope, mask=None, causal=False, memory=None, memory_mask=None, cache=(None, None), last=0):
+        """x (B, T, C) -> (B, T, C), or (B, last, C). cache: of the self- and of the cross-attention."""
+        x = x[:, -last:] + self.attn(self.norm_attn(x), rope, mask=mask, causal=causal, cache=cache[0], last=last)
         if memory is not None:
             x = x + self.cross(self.norm_cross(x), memory=memory, mask=memory_mask, cache=cache[1])
         return x + self.mlp(self.norm_mlp(x))
@@ -223,9 +223,9 @@ class Predictor(nn.Module):
         """context (B, T, C) at context_pos (B, T), queries at query_pos (B, K) -> latents, words, (B, K, C) each."""
         x = torch.cat((self.enter(context), self.query.expand(*query_pos.shape, -1)), dim=1)        # (B, T+K, P)
         rope = self.rope[torch.cat((context_pos, query_pos), dim=1)].unsqueeze(1)       # (B, 1, T+K, hs/2)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rope, mask=mask)
-        x = self.norm(x[:, context.size(1):])                                           # (B, K, P)
+        x = self.norm(self.blocks[-1](x, rope, mask=mask, last=query_pos.size(1)))      # (B, K, P): all that is read
         return self.leave(x), self.words(x)
 
 # -- phases 2 and 3: a thought, and who says it ------------------------------------------------------------------------
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
         past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
         x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, hs/2)
         for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
-            x = block(x, rope, causal=True, memory=memory, memory_mask=memory_mask, cache=cache)
+            x = block(x, rope, causal=not past, memory=memory, memory_mask=memory_mask, cache=cache)
         return self.norm(x)
 
 # -- the losses around the latents -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class GPT(nn.Module):
         x, states = self.embed(tokens), []                                              # (B, T, C)
         rope = self.rope[past:past + tokens.size(1)] if positions is None else self.rope[positions]     # (T, hs/2)
         for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
-            x = block(x, rope, mask=mask, causal=mask is None, cache=cache)
+            x = block(x, rope, mask=mask, causal=mask is None and not past, cache=cache)
             states.append(x)
         return states
 

@@ -394,3 +394,13 @@ def test_infonce_prefers_its_own_target():
     target, every = torch.randn(50, 16), torch.ones(50, dtype=torch.bool)
     own = tjepa.latent_distance(target, target, every, "infonce")
     assert own < 0.1 < tjepa.latent_distance(target.roll(1, 0), target, every, "infonce")
+
+
+def test_a_block_whose_last_tokens_ask_says_what_it_says_of_them_when_all_do():
+    """The predictor's last block is computed for the holes alone: cheaper, and the same."""
+    torch.manual_seed(0)
+    block, x = tjepa.Block(32, 2), torch.randn(3, 9, 32)
+    rope, mask = tjepa.rotary(9, 16), torch.rand(3, 1, 1, 9) < 0.7
+    whole = block(x, rope, mask=mask)
+    torch.testing.assert_close(block(x, rope, mask=mask, last=4), whole[:, -4:])
+    torch.testing.assert_close(block(x, rope, mask=mask, last=0), whole)
