@@ -10,7 +10,7 @@ a fine-tuned encoder says DEC better and forgets LAT; edits of the thought are f
 the memory nothing is left but the commonest answers; invented subjects lie farther from the concepts, but the GPT's
 own probabilities tell them apart as well; "I don't know" has to be taught.
 
-All arms of a seed share text, questions, batches and 500 steps of phase 3, and but for `joint`, `random encoder` and
+All arms of a seed share text, questions, batches and 500 steps of phase 3, and but for `joint`, `untaught encoder` and
 the one that is taught "I don't know" in phase 2 too, a copy of the same phases 1 and 2. `joint` starts from the same
 phase 1 and has both losses in each of 700 steps: as many batches of phase 2, more of phase 3. The GPT is as deep as
 encoder and decoder together; it reads as many batches of text and has 1,200 steps of DEC questions, the steps of
@@ -514,8 +514,8 @@ ENCODERS = ANNEALED | {
     "fine-tuned at 5e-4": Config(encoder="tuned", **GENTLE),
     "joint": Config(encoder="joint", distill_lr=train.Config.speak_lr), "joint at 5e-4": Config(encoder="joint")}
 MEMORIES = ANNEALED | {
-    "1 slot": Config(n_slots=1), "memory=tokens": Config(memory="tokens"), "random encoder": Config(encoder="random"),
-    "random encoder with memory=tokens": Config(encoder="random", memory="tokens"), "no memory": Config(deaf=True)}
+    "1 slot": Config(n_slots=1), "memory=tokens": Config(memory="tokens"), "untaught encoder": Config(encoder="random"),
+    "untaught encoder with memory=tokens": Config(encoder="random", memory="tokens"), "no memory": Config(deaf=True)}
 SILENT = ANNEALED | {
     "taught I don't know in phase 3": Config(idk="speech"),
     "taught I don't know in phases 2 and 3": Config(idk="latent"),
@@ -572,9 +572,9 @@ TABLES = {
     "Traces: share of answers that the concept nearest to the thought names":
         (MEMORIES | some("alpha 0 (v2.0)", "fine-tuned", "joint"), AGREED),
     "Invented subjects against DEC (caught: share of them below the 5 % of DEC that are least sure)":
-        (SILENT | some("alpha 0 (v2.0)", "memory=tokens", "random encoder"), TRUSTED),
+        (SILENT | some("alpha 0 (v2.0)", "memory=tokens", "untaught encoder"), TRUSTED),
     "The same as a risk (AURC: share wrong among the surest, over coverage; ECE: calibrated on the other subjects)":
-        (SILENT | some("alpha 0 (v2.0)", "memory=tokens", "random encoder"), RISKS)}
+        (SILENT | some("alpha 0 (v2.0)", "memory=tokens", "untaught encoder"), RISKS)}
 
 def draw(folder, rows, seeds, path):
     """Four panels: EM of LAT over steps, gradients' cosines over steps, edits by their length, risk over coverage."""
