@@ -30,10 +30,10 @@ class Config:
     block_size: int = 64        # longest text the encoder reads; attention cost grows with its square
     n_layer: int = 4            # encoder depth: more steps of reasoning, linearly more time
     n_head: int = 4             # attention heads of every block; must divide n_embd and pred_embd
-    n_embd: int = 128           # latent width: capacity, and the bound of the rank; time grows with its square
+    n_embd: int = 128           # latent width: capacity, and the bound of the rank; FLOPs grow with its square
     positions: str = "rotary"   # rotary | learned: those are added to the latents, and so to what is predicted
     init_std: float = 0.0       # of weight matrices; 0 = 1 / sqrt(fan-in). GPT-2's 0.02 makes narrow models collapse
-    pred_layer: int = 2         # predictor depth; too shallow: the encoder has to guess. 0 = none: it fills in [MASK]s
+    pred_layer: int = 2         # predictor depth; too shallow: the encoder does its work. 0 = none: it fills in [MASK]s
     pred_embd: int = 128        # predictor width: half of n_embd makes phase 1 a quarter cheaper, with less room
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
@@ -76,8 +76,8 @@ class Config:
 
 # -- the transformer ---------------------------------------------------------------------------------------------------
 def rotary(size, dim):
-    """Unit complex numbers, (size, dim/2), for rotary positions (Su et al. 2021). Learned positions are added to the
-    latents, and so to the target: at initialisation, where a span is would explain half of the target's variance."""
+    """Unit complex numbers, (size, dim/2), for rotary positions (Su et al. 2021). Learned ones are added to the
+    latents, and so to the target: part of that then says where a span is, and nothing else."""
     angle = torch.outer(torch.arange(size), 10000.0 ** (-torch.arange(0, dim, 2) / dim))        # (size, dim/2)
     return torch.polar(torch.ones_like(angle), angle)
 
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         x = self.embed(tokens)                                          # (B, T, C)
         if hasattr(self, "embed_position"):
             x = x + self.embed_position(positions)
-        states, rope = [x], self.rope[positions].unsqueeze(-3)          # (B, 1, T, hs/2), shared by the heads
+        states, rope = [x], self.rope[positions].unsqueeze(-3)          # (B or 1, 1, T, hs/2): all heads share it
         for block in self.blocks:
             states.append(block(states[-1], rope, mask=mask))
         return sum(norm(h) for h in states[-top_k:]) / top_k
@@ -207,8 +207,8 @@ def split_spans(spans, tokens, n_removed, cfg):
     return Spans(context, removed, member / member.sum(-1, keepdim=True).clamp(min=1))
 
 class Predictor(nn.Module):
-    """A transformer that reads the context latents and fills in queries (v1.1 section 3.1): a learned vector each, that
-    says where something is missing and nothing of what. Words have a map of their own: by one for both latents fade."""
+    """A transformer that reads the context latents and fills in queries (v1.1 section 3.1): one learned
+    vector, at the position of each hole. Words leave by a linear map of their own: with one for both, latents fade."""
     def __init__(self, cfg):
         super().__init__()
         self.enter = nn.Linear(cfg.n_embd, cfg.pred_embd, bias=False)
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope", rotary(cfg.answer_size, C // cfg.n_head), persistent=False)
 
     def memory(self, thought, drop=0.0):
-        """`Thought` of B rows -> memory (B, M', C), mask (B, 1, 1, M'). drop: share of `both` without token latents."""
+        """`Thought` of B rows -> memory (B, M', C), mask (B, 1, 1, M'). drop: share of rows without token latents."""
         if self.kind == "tokens":
             return thought.context, thought.real[:, None, None]
         slots = self.slots(thought.latent).view(len(thought.latent), self.n_slots, -1)  # (B, M, C)
@@ -268,7 +268,7 @@ class Decoder(nn.Module):
         return slots, real[:, None, None]
 
     def forward(self, tokens, memory, memory_mask, caches=None):
-        """tokens (B, T) -> states (B, T, C). With caches, tokens are only the newest: the past is remembered."""
+        """tokens (B, T) -> states (B, T, C). With caches, only the newest token, (B, 1): the past is kept there."""
         past = caches[0][0]["k"].size(2) if caches and caches[0][0] else 0
         x, rope = self.embed(tokens), self.rope[past:past + tokens.size(1)]             # (B, T, C), (T, hs/2)
         for block, cache in zip(self.blocks, caches or [(None, None)] * len(self.blocks)):
@@ -306,7 +306,7 @@ def r_squared(predicted, target, weight):
 def sigreg(z, n_slices=64):
     """SIGReg (LeJEPA 2025): how far z (N, C) is from an isotropic Gaussian, along n_slices random directions.
     Epps-Pulley: compares the characteristic function of each slice with that of N(0, 1), on 17 points of [0, 3].
-    Divided by N: a perfect Gaussian scores 1.05 / N, a constant 0.402 whatever N."""
+    Divided by N: a perfect Gaussian scores 1.05 / N; whatever N, zeros score 0.402 and a layer-normed point 1.06."""
     slices = F.normalize(torch.randn(z.size(1), n_slices, device=z.device), dim=0)      # (C, n_slices)
     t = torch.linspace(0, 3, 17, device=z.device)
     weight = torch.tensor([1, *[2] * 15, 1], device=z.device) * 3 / 16                  # trapezoid rule, both halves
@@ -333,8 +333,8 @@ class TJEPA(nn.Module):
         self.apply(self.init_weights)
         self.target = deepcopy(self.encoder).requires_grad_(False)      # after the init: it starts as an exact copy
         self.register_buffer("word_start", torch.as_tensor(word_start), persistent=False)
-        self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))     # phase 2 begins by setting these:
-        self.register_buffer("concept_std", torch.ones(cfg.answer_width))       # a teacher's latents, standardised
+        self.register_buffer("concept_mean", torch.zeros(cfg.answer_width))     # mean and std of answers'
+        self.register_buffer("concept_std", torch.ones(cfg.answer_width))       # latents, set as phase 2 begins
 
     def init_weights(self, module):
         """Variance-preserving at any width, unless --init_std says otherwise."""
@@ -351,7 +351,7 @@ class TJEPA(nn.Module):
 
     # -- phase 1 -------------------------------------------------------------------------------------------------------
     def encode(self, tokens, online=False):
-        """tokens (B, T) -> latents (B, T, C). The one function that anything downstream uses for representations."""
+        """tokens (B, T) -> latents (B, T, C). What probes, energies and teachers look at."""
         encoder, positions = self.encoder if online else self.target, torch.arange(tokens.size(1), device=tokens.device)
         return encoder(tokens, positions, (tokens != self.cfg.pad)[:, None, None], self.cfg.top_k)  # mask (B, 1, 1, T)
 
@@ -363,7 +363,7 @@ class TJEPA(nn.Module):
         """What the target encoder, which reads everything, makes of the removed spans: (B, S, C)."""
         latents = self.encode(tokens, online=not self.cfg.stop_gradient)                # (B, T, C)
         latents = average(parts.pool, latents.take_along_dim(parts.removed[..., None], 1))  # (B, K, C) -> (B, S, C)
-        return norm(latents) if self.cfg.target_norm else latents   # else long spans, with short means, weigh less
+        return norm(latents) if self.cfg.target_norm else latents   # else long spans, whose means are small, weigh less
 
     def fill(self, tokens, positions, real, queries, asked):
         """The online encoder reads what is there, the predictor fills in what is not. tokens (B, T) at positions, holes
@@ -394,7 +394,7 @@ class TJEPA(nn.Module):
         predicted, target, weight = p.spans.flatten(0, 1), p.target.flatten(0, 1), p.weight.flatten()   # (B*S, C)
         loss = latent_distance(predicted, target, weight, cfg.loss)
         stats = dict(latent=loss, r2=r_squared(predicted, target, weight))
-        # 512 tokens drawn from the whole batch: spread out across sequences, not within one
+        # 512 tokens drawn from the whole batch, so that texts are spread out, not the tokens of one text
         z = p.context.flatten(0, 1)[torch.multinomial(p.real.flatten().float(), 512, replacement=True)]     # (512, C)
         for name, regulariser in ("sigreg", sigreg), ("vicreg", vicreg):
             if pull := getattr(cfg, name):
@@ -438,8 +438,8 @@ class TJEPA(nn.Module):
 
     # -- phase 3 -------------------------------------------------------------------------------------------------------
     def speak_loss(self, thought, answer, answer_latent, alpha):
-        """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token, v2.0: alpha = 0. A thought may be kept:
-        its encoder is frozen. answer (B, A) ends in EOS and padding, answer_latent (B, D). Returns (loss, stats)."""
+        """Phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token, v2.0: alpha = 0. Thoughts
+        may be kept: of a frozen encoder. answer (B, A), with EOS and padding, answer_latent (B, D) -> (loss, stats)."""
         # a thought that errs leans towards another answer: blur it with others of the batch, and with noise
         z, blur = thought.latent, self.cfg.noise * torch.rand(len(thought.latent), 1, device=thought.latent.device)
         z = torch.lerp(z, z[torch.randperm(len(z), device=z.device)], blur) + self.cfg.noise * torch.randn_like(z)
@@ -450,7 +450,7 @@ class TJEPA(nn.Module):
         latent = F.mse_loss(self.decoder.latent_head(states[:, 0]).float(), answer_latent)  # at BOS: no word leaks in
         return alpha * latent + (1 - alpha) * token, dict(token=token.detach(), latent=latent.detach())
 
-    @torch.inference_mode()     # not no_grad: a token takes .8 of the time
+    @torch.inference_mode()     # a token takes .8 of its time under no_grad
     def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):
         """Say a `Thought` of B rows: yields (B,) token ids at a time, PAD after a row's EOS, until all have ended."""
         memory, mask = self.decoder.memory(thought)
@@ -495,6 +495,6 @@ def latent_health(z, real):
                 bound=min(len(content) - 1, z.size(-1)), cos=cos, cos_centred=cos_centred)
 
 def health_word(health):
-    """One word for the bar; its thresholds are labs/collapse.py's. Collapsed: phase 1 was worth no more than none."""
+    """One word for the bar; thresholds are labs/collapse.py's. Collapsed: no better to teach than random weights."""
     spread = health["std"] * health["rank"] / health["bound"]   # how far texts differ, times how many ways
     return "collapsed" if spread < 0.12 else "shrinking" if spread < 0.17 else "healthy"

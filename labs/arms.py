@@ -121,6 +121,11 @@ def table(rows, arms, columns):
     seen = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
     return markdown([["arm", *columns], *([arm, *(cell(arm, name) for name in columns.values())] for arm in seen)])
 
+def tables(rows, parts):
+    """Markdown: a titled table for each of parts, title -> (arms, columns), of which any arm was measured."""
+    return "\n\n".join(f"{title}:\n\n{table(rows, arms, columns)}" for title, (arms, columns) in parts.items()
+                       if any(row["arm"] in arms for row in rows))
+
 def publish(lab, rows, text, path):
     """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""
     print(text)

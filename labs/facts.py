@@ -37,7 +37,7 @@ import tjepa
 import train
 from data.facts import prepare
 from labs import teachers
-from labs.arms import FAILURES, chosen, main, publish, run_arms, table
+from labs.arms import FAILURES, chosen, main, publish, run_arms, tables
 from labs.controls import MaskedLM
 from labs.llm_jepa import join
 
@@ -516,8 +516,7 @@ def facts(flags):
     if failed:
         raise failed[0]
     shown = FIRST if Path(flags.table) == Path("README.md") else ALL
-    publish("facts", rows, "\n\n".join(f"{title}:\n\n{table(rows, part, columns)}"
-                                       for title, (part, columns) in shown.items()), flags.table)
+    publish("facts", rows, tables(rows, shown), flags.table)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import data
 import evaluate
 import train
 from labs import measures
-from labs.arms import main, publish, run_arms, table
+from labs.arms import main, publish, run_arms, tables
 from labs.controls import GPT
 from labs.llm_jepa import join
 
@@ -185,7 +185,7 @@ def cosine(a, b):
 def conflict(speech, batches=4):
     """How the gradients of the losses lie, without clipping: group -> figures, means over some batches of two halves.
     cos: of L_latent and L_token, of one batch; cos_random: of L_token and an L_latent whose targets are random;
-    halves_token, halves_latent: of one loss on the two halves, the most that can be hoped for; cos_thought: of the
+    halves_token, halves_latent: of one loss on the two halves, what chance leaves of it; cos_thought: of the
     loss of phase 2 and L_token (joint only); against: share of batches with cos below 0;
     similarity: 2 |a| |b| / (|a|^2 + |b|^2), 1 for equal lengths; ratio: |L_latent's| / |L_token's|, before alpha."""
     shared, found = groups(speech.run), {}
@@ -630,8 +630,7 @@ def speaking(flags):
         rows = run_arms("speaking", arms, dataclasses.replace(flags, arms=",".join(rest)), measure)
     folder = Path(flags.out) / ("speaking" + "-fast" * flags.fast)
     draw(folder, rows, flags.seeds, folder.with_suffix(".png"))
-    text = "\n\n".join(f"{title}:\n\n{table(rows, part, columns)}" for title, (part, columns) in TABLES.items())
-    publish("speaking", rows, text, flags.table)
+    publish("speaking", rows, tables(rows, TABLES), flags.table)
     print(f"figure: {folder.with_suffix('.png')}")
 
 

@@ -372,6 +372,7 @@ def test_sigreg_has_its_published_values():
     z = torch.randn(1024, 64)
     assert abs(1024 * tjepa.sigreg(z, 512) - 1.05) < 0.25
     assert abs(tjepa.sigreg(torch.zeros(256, 64)) - 0.402) < 0.01
+    assert abs(tjepa.sigreg(tjepa.norm(torch.randn(1, 64)).expand(256, 64), 4096) - 1.06) < 0.1
     assert tjepa.sigreg(torch.nn.functional.normalize(z, dim=-1)) > 0.35
 
 
