@@ -17,12 +17,14 @@ Expected before the first run: for the masked LM P*, the sentences it takes, gro
 it stays the same.
 
 P* is where the probe of a level, on sentences that phase 1 has not seen, passes half the way from the random-init
-encoder to 1: on a line in log P between the tried P on its two sides. This was fixed before the grid was run. All arms
-of a seed share the grammar, the sentences (those of a small P are among those of a larger), model size, batch, masks,
-the learning rate (not tuned an arm) and the number of optimizer steps; so the epochs differ with P. What is not
-train.py's default, in any arm: width 64; latents alone, where the name does not say masked LM; spans of one or two
-tokens, and a target a token, because a span would mix symbols; learned positions, because rotary ones know distances
-only and leave it to the encoder to find out where a pair begins (the masked LM learned more slowly so in prototypes).
+encoder to 1: on a line in log P between the tried P on its two sides. This was fixed before the grid was run. A level
+that is not found within the P tried has no P*, and no part in a slope: look at the table beside it. All arms of a seed
+share the grammar, the sentences (those of a small P are among those of a larger), model size, batch, masks, the
+learning rate (not tuned an arm) and the number of optimizer steps; so the epochs differ with P. What is not train.py's
+default, in any arm: `BASE`. Width 64; latents alone, where the name does not say masked LM; spans of one or two tokens,
+and a target a token, because a span would mix symbols; learned positions, because rotary ones know distances only and
+leave it to the encoder to find out where a pair begins (the masked LM learned more slowly so in prototypes). The
+predictor's are rotary even so; the arm without a predictor has learned ones alone.
 """
 import dataclasses
 import math
