@@ -283,12 +283,16 @@ def test_a_difference_within_the_spreads_is_a_tie():
 
 
 def test_what_is_kept_is_counted_from_an_untrained_one_and_from_the_same_seed():
-    rows = [dict(arm="large T-JEPA", seed=seed, probe=0.8, em_DEC_heldout=0.8 + 0.1 * seed) for seed in (0, 1)]
-    rows += [dict(arm="medium untrained", seed=0, probe=0.4)]
-    rows += [dict(arm="medium distilled", seed=seed, probe=0.7, em_DEC_heldout=0.72) for seed in (0, 1)]
-    first, second = lab.retained(rows)[-2:]
-    assert first["kept_probe"] == pytest.approx(0.75) and "kept_probe" not in second
+    def rows(*untrained):
+        """Of a large one, untrained ones and distilled ones."""
+        return [dict(arm=arm, seed=seed, probe=probe, em_DEC_heldout=match) for arm, seed, probe, match in (
+            ("large T-JEPA", 0, 0.8, 0.8), ("large T-JEPA", 1, 0.81, 0.9),
+            *(("medium untrained", seed, probe, 0.0) for seed, probe in enumerate(untrained)),
+            ("medium distilled", 0, 0.7, 0.72), ("medium distilled", 1, 0.7, 0.72))]
+    first, second = lab.retained(rows(0.4, 0.41))[-2:]
+    assert first["kept_probe"] == pytest.approx(0.75) and second["kept_probe"] == pytest.approx(0.725)
     assert first["kept_DEC"] == pytest.approx(0.9) and second["kept_DEC"] == pytest.approx(0.8)
+    assert "kept_probe" not in lab.retained(rows(0.4, 0.9))[-1]          # the teacher is no better: a share of nothing
 
 
 def test_likeness_knows_itself_and_a_stranger(toy):
