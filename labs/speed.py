@@ -8,7 +8,8 @@ How fast is a step, how fast could this machine be, and what would you have used
 Expected before the first run: by FLOPs phase 1 of latents alone costs .85 / .97 / 1.04 of a GPT's step at width 128 /
 256 / 512, with a predictor half as wide (what is removed is absent from the online encoder, the target has no backward
 pass), and by the clock too if our code is tight. Counted since: the default, with words and a wider predictor, costs
-1.23 / 1.35 / 1.43. All that is called phase 1 and T-JEPA here is the default, where it does not say otherwise.
+1.13 / 1.24 / 1.31, latents alone .83 / .94 / 1.01. All that is called phase 1 and T-JEPA here is the default, where it
+does not say otherwise.
 Thinking once saves time in long answers only, and because the decoder is shallow: a question costs what it costs a GPT.
 
 What is compared is called in turn, A B C A B C ..., so that a busy moment hits all alike: trust ratios, not times.
