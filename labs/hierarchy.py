@@ -203,7 +203,7 @@ def cell(stars, tried):
 def summary(rows, columns):
     """A table of P*, an objective a row. columns: title -> (depth, level); the slope is over the columns."""
     lines = [["objective", *columns, "slope of log P* / log m (tokens: 1, latents: 0)"]]
-    for objective in OBJECTIVES:
+    for objective in [name for name in OBJECTIVES if any(row["objective"] == name for row in rows)]:
         needed = {at: samples_needed(rows, objective, *at) for at in columns.values()}
         tried = {at: [row["sentences"] for row in rows if (row["objective"], row["depth"]) == (objective, at[0])]
                  for at in needed}
