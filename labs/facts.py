@@ -16,8 +16,9 @@ All arms are latents alone, the papers' T-JEPA (recipe=latent), but for those wh
 facts, tokens, width, seeds and, but for the levers named so, steps and learning rates, which were chosen for
 recipe=latent. Arms that differ in phase 2 or 3 only share the phases before, of the same seed. The GPT reads the
 same rows in phase 1 and has the steps of phases 2 and 3 for the DEC questions, with as many question tokens dropped.
-The levers ask what would lift held-out phrasings: they run on seeds of their own (10, 11, ...), so that the seeds of
-all other tables choose nothing. The held-out phrasings are the same three, for there is no other set.
+The levers ask what would lift held-out phrasings, of train.py's default, and of a teacher from outside: they run on
+seeds of their own (10, 11, ...), so that the seeds of all other tables choose nothing. The held-out phrasings are the
+same three, for there is no other set.
 """
 import copy
 import dataclasses
@@ -377,9 +378,9 @@ def spoken(**change):
     """An arm that shares phases 1 and 2 of latents alone."""
     return Config(start="recipe=latent", phase="speak", **change)
 
-def lever(start="lever latent", **change):
-    """An arm on the seeds that choose."""
-    return Config(start=start, shift=SEVERAL, **change)
+def lever(start="lever default", **change):
+    """An arm on the seeds that choose, of train.py's default."""
+    return Config(start=start, shift=SEVERAL, **DEFAULT | change)
 
 DEFAULT = dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
 READ = {        # arms with a phase 1 of their own
@@ -404,6 +405,8 @@ TEACHERS = {
     "teacher ckpt (without predictor)": distilled(teacher="ckpt:{latent without predictor}/pretrain"),
     "teacher letters (300 wide)": distilled(teacher="letters"),
     "teacher random codes": distilled(teacher="random"),
+    **{f"default teacher {name}": Config(start="default", phase="distill", teacher=file, **DEFAULT) for name, file in {
+        "gpt": "{GPT}/vectors.npz", "letters (300 wide)": "letters", "random codes": "random"}.items()},
     "shuffled L_a": distilled(way="shuffled"),
     "distill_steps=0": distilled(distill_steps=0),
 }
@@ -424,7 +427,8 @@ TOLD = {
     "commonest DEC answer": Config(way="constant"),
     "GPT": Config(way="gpt"),
     "GPT told LAT too": Config(way="gpt", start="GPT", told="DEC LAT"),
-    "GPT of 10 layers": Config(way="gpt", n_layer=10),
+    # 10 layers have as many weights as recipe=latent, 12 as the default; 6 cost as many FLOPs for a question
+    **{f"GPT of {depth} layers": Config(way="gpt", n_layer=depth) for depth in (6, 10, 12)},
 }
 CONTINUAL = {
     "A then B": distilled(way="continual"),
@@ -432,8 +436,7 @@ CONTINUAL = {
     "A then B with all of A": distilled(way="continual", replay=1.0),
 }
 LEVERS = {f"lever {name}": cfg for name, cfg in {
-    "latent": lever(""),
-    "latent without predictor": lever("", pred_layer=0),
+    "default": lever(""),
     "distill_steps=1500": lever(phase="distill", distill_steps=1500),
     "distill_lr=1e-3": lever(phase="distill", distill_lr=1e-3),
     "question_drop=.4": lever(phase="distill", question_drop=0.4),
@@ -444,6 +447,13 @@ LEVERS = {f"lever {name}": cfg for name, cfg in {
     "n_slots=16": lever(phase="speak", n_slots=16),
     "errors=.3": lever(phase="speak", errors=0.3),
     "errors=.3 noise=.2": lever(phase="speak", errors=0.3, noise=0.2),
+    "letters": lever(phase="distill", teacher="letters"),
+    "letters distill_steps=2100": lever(phase="distill", teacher="letters", distill_steps=2100),
+    "letters distill_lr=2e-3": lever(phase="distill", teacher="letters", distill_lr=2e-3),
+    "letters distill_steps=2100 distill_lr=2e-3": lever(phase="distill", teacher="letters", distill_steps=2100,
+                                                        distill_lr=2e-3),
+    "letters noise=.7": lever(phase="distill", teacher="letters", noise=0.7),
+    "letters speak_steps=1500": lever(phase="distill", teacher="letters", speak_steps=1500),
 }.items()}
 ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 
@@ -487,12 +497,13 @@ FIRST = {"Phase 1": (FRONT, PHASE_1), "R@1 of the thought after phase 2": (FRONT
          "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER)}
 ALL = {"Phase 1": (READ, PHASE_1), "What phase 1 is worth for speech": (READ, EM),
        "Teachers and their controls: thoughts in held-out phrasings, R2 over the mean of the relation": (
-           some("recipe=latent", "random-init encoder") | TEACHERS, HELD_OUT),
+           some("recipe=latent", "random-init encoder", "default") | TEACHERS, HELD_OUT),
        "Teachers and their controls: exact match": (
-           some("recipe=latent", "random-init encoder") | TEACHERS, EM),
+           some("recipe=latent", "random-init encoder", "default") | TEACHERS, EM),
        "What the decoder reads (recipe=latent: the thought in 4 slots)": (some("recipe=latent") | MEMORY, EM),
        "Taught as tokens, and GPTs": (some("recipe=latent") | TOLD, EM),
-       "Only read (TXT): attempts": (READ | some("GPT", "GPT of 10 layers", "commonest DEC answer"), TXT),
+       "Only read (TXT): attempts": (
+           READ | some("GPT", "GPT of 10 layers", "GPT of 12 layers", "commonest DEC answer"), TXT),
        "The nearest concept instead of the thought": (READ | some("teacher gpt", "teacher random codes"), SNAPPED),
        "NEVER: signs of not knowing": (READ | TEACHERS, SIGNS),
        "Facts A, then facts B; the decoder has seen A only; held-out phrasings": (CONTINUAL, AFTER),
