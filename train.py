@@ -87,8 +87,8 @@ class Config(tjepa.Config):
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1")))
 
 PRESETS = dict(tiny={}, laptop=dict(
-    facts="all", vocab_size=4096, pretrain_steps=2000, pretrain_lr=2e-3, distill_steps=2400, speak_steps=1600,
-    eval_every=800), gpu=dict(
+    facts="all", vocab_size=4096, pretrain_steps=2000, pretrain_lr=2e-3, distill_steps=4800, distill_lr=1e-3,
+    speak_steps=3200, eval_every=800), gpu=dict(
     facts="all", vocab_size=4096, n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256, qa_batch_size=512,
     pretrain_steps=10000, distill_steps=4000, speak_steps=4000, eval_every=500))
 LATENT = dict(mlm=0.0, pred_embd=64)            # half as wide as the tiny encoder: so the labs have measured it
