@@ -395,6 +395,7 @@ READ = {        # arms with a phase 1 of their own
     "default with narrow predictor": Config(mlm=1.0),
     "default without predictor": Config(mlm=1.0, pred_layer=0),
     "default without predictor mlm=.3": Config(mlm=0.3, pred_layer=0),
+    "default reads three times as long": Config(pretrain_steps=2400, **DEFAULT),
     "latent reads three times as long": Config(pretrain_steps=2400),
     "latent text in 12 wordings": Config(text="wordings"),
     "latent text with questions of DEC": Config(text="questions"),
