@@ -58,23 +58,27 @@ class Teacher(NamedTuple):
         rows = [torch.tensor(text[:self.model.cfg.block_size]) for text in texts]
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad).to(tokens.device)
 
-    def align(self, run, questions, table):
-        """Phase 2 of v2.0: (loss_at, measure), as `train.distill`. ValueError where this teacher can't be imitated."""
-        cfg, model, parts, theirs = run.cfg, run.model, run.cfg.align.split("+"), run.corpus.tokenizer
-        large = self.model.to(run.device).requires_grad_(False)
-        if "tokens" in parts and self.tokenizer.ranks != theirs.ranks:
+    def checked(self, cfg, tokenizer):
+        """This teacher; ValueError where a student with this tokenizer can't imitate it as its cfg asks."""
+        if "tokens" in cfg.align.split("+") and self.tokenizer.ranks != tokenizer.ranks:
             raise ValueError(f"--align={cfg.align}: the teacher has another tokenizer, no tokens can be compared: take "
                              "--align=pooled+thought")
-        if cfg.block_size > large.cfg.block_size:
-            raise ValueError(f"--block_size={cfg.block_size} is longer than the teacher reads: lower it to "
-                             f"{large.cfg.block_size}")
+        if cfg.block_size > self.model.cfg.block_size:
+            raise ValueError(f"--block_size={cfg.block_size} is longer than the teacher reads: begin the student in "
+                             f"another --out, with --block_size={self.model.cfg.block_size}")
+        return self
+
+    def align(self, run, questions, table):
+        """Phase 2 of v2.0: (loss_at, measure), as `train.distill`."""
+        cfg, model, parts, theirs = run.cfg, run.model, run.cfg.align.split("+"), run.corpus.tokenizer
+        large = self.model.to(run.device).requires_grad_(False)
         taught, quick = questions.where("DEC", "LAT", phrasing="trained"), questions.only("heldout")
         shown = [part for part in parts if part in ("tokens", "pooled")]
 
         def thoughts(tokens):
             """What the teacher thinks at some texts (n, T) of the student's tokens, in the units of `table`: (n, D)."""
             latent = evaluate.think_all(run._replace(model=large), self.read(tokens, theirs)).latent
-            return (latent - model.concept_mean) / model.concept_std
+            return evaluate.standardise(model, latent)
 
         @torch.no_grad()
         def latents(rows):
@@ -92,6 +96,7 @@ class Teacher(NamedTuple):
             """Rows of text and questions that are taught, drawn anew."""
             rows = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)    # (B, T)
             which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,))
+            longest, which = lengths[which].max(), which.to(run.device, non_blocking=True)
             pairs = {}      # part -> what the student makes of it, and what the teacher does, (..., width) both
             if shown:
                 (target, heard), real = latents(rows), rows != model.cfg.pad
@@ -99,7 +104,7 @@ class Teacher(NamedTuple):
                 mine = model.encode(rows, online=True).float()[..., :target.size(-1)]       # (B, T, width)
                 pairs["tokens"], pairs["pooled"] = (mine, target), (pool(mine, real), pool(target, heard))
             if "thought" in parts:
-                some = asked[which, :lengths[which].max()]
+                some = asked[which, :longest]
                 pairs["thought"] = model.think(some, cfg.question_drop).latent, known[which]
             if "guess" in parts:
                 pairs["guess"] = model.think(rows).latent, thoughts(rows)

@@ -82,6 +82,10 @@ def think_all(run, tokens, size=1024):
         parts.append(tjepa.Thought(thought.latent.float(), thought.context[:, :kept].float(), thought.real[:, :kept]))
     return tjepa.Thought(*map(torch.cat, zip(*parts)))
 
+def standardise(model, latents):
+    """A teacher's latents (n, D) in the units that thoughts have."""
+    return (latents - model.concept_mean) / model.concept_std
+
 def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
     found = {}
@@ -137,7 +141,7 @@ def exact_match(run, questions, thoughts):
 
 @torch.no_grad()
 def transcript(run, questions, table, threshold):
-    """One question of each split that is there, in a phrasing never trained on if there is one: lines to print."""
+    """A question of each of DEC, LAT and NEVER, in a phrasing never trained on if there is one: lines to print."""
     notes = dict(DEC="taught in latent space and as tokens",
                  LAT="taught in latent space, never shown to the decoder as tokens",
                  NEVER="its subject is invented, nothing knows it")

@@ -40,7 +40,7 @@ class Flags:
     n: int = 5                  # how many concepts --inspect shows
 
     def __post_init__(self):
-        tjepa.check(self, (("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or above"),
+        tjepa.check(self, (("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0 (greedy), or 0.001 or more"),
                            ("top_k", lambda v: v >= 0, "0 (all) or above"), ("n", lambda v: v >= 1, "1 or more"),
                            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
                            ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63")))

@@ -34,7 +34,7 @@ class Config:
     positions: str = "rotary"   # rotary | learned: those are added to the latents, and so to what is predicted
     init_std: float = 0.0       # of weight matrices; 0 = 1 / sqrt(fan-in). GPT-2's 0.02 makes narrow models collapse
     pred_layer: int = 2         # predictor depth; too shallow: the encoder does its work. 0 = none: it fills in [MASK]s
-    pred_embd: int = 128        # predictor width: half of n_embd makes phase 1 a quarter cheaper, with less room
+    pred_embd: int = 128        # predictor width: half of n_embd makes phase 1 a fifth cheaper, with less room
     dec_layer: int = 3          # decoder depth: it only has to find words, the thinking is done
     answer_size: int = 24       # longest answer in tokens, its end marker included
     mask_ratio: float = 0.35    # share of tokens removed: higher is harder, and cheaper for the online encoder
@@ -61,7 +61,7 @@ class Config:
             ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),
             ("pred_layer sigreg vicreg mlm init_std ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
             ("question_drop memory_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-            ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
+            ("mask_ratio", lambda v: v > 0 and round(v * self.block_size) < self.block_size, "above 0, and leave some"),
             ("n_embd pred_embd", lambda v: v % (2 * self.n_head) == 0, f"a multiple of 2 * n_head = {2 * self.n_head}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
             *((name, allowed.__contains__, "one of " + ", ".join(allowed)) for name, allowed in dict(
@@ -150,11 +150,11 @@ class Encoder(nn.Module):
             self.embed_position, self.rope = nn.Embedding(cfg.block_size + 1, cfg.n_embd), self.rope.fill_(1)
 
     def forward(self, tokens, positions, mask=None, top_k=1):
-        """tokens, positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, each layer-normed."""
+        """tokens (B, T), positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, layer-normed."""
         x = self.embed(tokens)                                          # (B, T, C)
         if hasattr(self, "embed_position"):
             x = x + self.embed_position(positions)
-        states, rope = [x], self.rope[positions].unsqueeze(-3)          # (B or 1, 1, T, hs/2): all heads share it
+        states, rope = [x], self.rope[positions].unsqueeze(-3)          # (B, 1, T, hs/2) or (1, T, hs/2): for all heads
         for block in self.blocks:
             states.append(block(states[-1], rope, mask=mask))
         return sum(norm(h) for h in states[-top_k:]) / top_k
@@ -192,7 +192,7 @@ def sample_spans(tokens, word_start, cfg):
     start, stop = first.gather(1, start), F.pad(after, (0, 1), value=T).gather(1, stop.clamp(max=T))    # whole words
     inside = (t >= start[:, :, None]) & (t < stop[:, :, None]) & real[:, None]          # (B, S, T)
     spans = torch.where(inside, torch.arange(S, device=tokens.device)[:, None], S).amin(1)  # (B, T) first to claim t
-    # spend the budget span by span; the last may be cut short, and what chance leaves over becomes one span more
+    # spend the budget span by span; the last may be cut short; what chance leaves over joins the last one drawn
     turn = (spans * T + t).masked_fill(~real, S * T + T).argsort(1).argsort(1)          # (B, T) place in the queue
     removed = (turn < (length.double() * cfg.mask_ratio).round().clamp(min=1)) & real
     return torch.where(removed, spans.clamp(max=S - 1), S)
@@ -200,7 +200,7 @@ def sample_spans(tokens, word_start, cfg):
 def split_spans(spans, tokens, n_removed, cfg):
     """Turn the span of each token, (B, T), into what the encoders index with: `Spans` with K = n_removed."""
     kind = torch.where(spans < cfg.max_spans, 0, torch.where(tokens == cfg.pad, 1, 2))  # removed, padding, the rest
-    removed, context = kind.argsort(dim=1, stable=True).tensor_split((n_removed,), 1)   # (B, K), (B, T-K) in text order
+    removed, context = kind.argsort(dim=1, stable=True).tensor_split((n_removed,), 1)   # (B, K), (B, T-K) padding first
     member = F.one_hot(spans.gather(1, removed), cfg.max_spans + 1)[..., :-1].mT.float()            # (B, S, K)
     if cfg.target == "token":                           # every removed token is a span of its own
         member = torch.diag_embed(member.sum(1))                                                    # (B, K, K)
@@ -311,13 +311,13 @@ def sigreg(z, n_slices=64):
     t = torch.linspace(0, 3, 17, device=z.device)
     weight = torch.tensor([1, *[2] * 15, 1], device=z.device) * 3 / 16                  # trapezoid rule, both halves
     gauss = torch.exp(-t ** 2 / 2)
-    u = (z.float() @ slices)[..., None] * t                                             # (N, n_slices, 17)
+    u = (z @ slices)[..., None] * t                                                     # (N, n_slices, 17)
     error = (u.cos().mean(0) - gauss) ** 2 + u.sin().mean(0) ** 2                       # (n_slices, 17)
     return (error * weight * gauss).sum(-1).mean()
 
 def vicreg(z):
     """VICReg's two regularisers (2022) of z (N, C), in its own proportion 25 : 1: keep a variance, drop covariance."""
-    cov = torch.cov(z.float().T)                                                        # (C, C)
+    cov = torch.cov(z.T)                                                                # (C, C)
     variance = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return variance + (cov - cov.diagonal().diag()).pow(2).sum() / z.size(1) / 25
 

@@ -80,7 +80,7 @@ class Config(tjepa.Config):
              f"some of {', '.join(align.PARTS)}, joined by +"),
             ("batch_size qa_batch_size accum eval_every rounds", lambda v: v >= 1, "1 or more"),
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
-            ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: v >= 0, "0 or more"),
+            ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: 0 <= v <= 1e9, "0 to 1000000000"),
             ("rounds", lambda v: self.distill_steps % v == 0, f"a divisor of distill_steps = {self.distill_steps}"),
             ("loss", lambda v: v != "none" or self.mlm, "mse, smooth_l1 or infonce where --mlm=0"),
             ("accum", lambda v: self.batch_size % v == self.qa_batch_size % v == 0, "a divisor of both batch sizes"),
@@ -94,7 +94,7 @@ PRESETS = dict(tiny={}, laptop=dict(
 LATENT = dict(mlm=0.0, pred_embd=64)            # half as wide as the tiny encoder: so the labs have measured it
 RECIPES = dict(default={}, latent=LATENT, paper=LATENT | dict(
     target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0, vicreg=0.0))
-# what the weights of phase 1 depend on: a folder holds one run, and a run does not change these
+# the model's shape, its text, and how it reads: a folder holds one run, and a run does not change these
 FIXED = tuple("recipe data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer pred_embd positions "
               "mlm top_k target_norm".split())
 
@@ -104,7 +104,7 @@ def resolve(given):
     base, out = {}, given.get("out", Config.out)
     asked = PRESETS.get(given.get("preset"), {}) | RECIPES.get(given.get("recipe"), {}) | given
     if given.get("resume") or given.get("phase") in PHASES[1:]:
-        base = {**load_checkpoint(out)["config"], "resume": False}
+        base = {**load_checkpoint(out)["config"], "resume": False, "out": out}      # the folder may have been copied
         same_run(out, base, asked)
     return Config(**{**base, **asked})
 
@@ -187,6 +187,7 @@ def optimizer_for(run, phase, state):
                                   betas=(0.9, 0.98), fused=True)
     if state:
         optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["weight_decay"] = run.cfg.weight_decay    # --resume may change it, as it may a rate
     return optimizer
 
 def take_step(run, phase, optimizer, loss_at, progress):
@@ -280,22 +281,18 @@ def teacher_vectors(cfg, answers):
     return build(theirs, tokenizer, saved["model"]).concept(
         data.pack_answers(tokenizer, answers, theirs.block_size, "the teacher's --block_size"))
 
-def open_teacher(cfg, answers):
-    """The T-JEPA that --distill=align imitates, and what it was taught of some answers (A strings): `align.Teacher`."""
+def open_teacher(cfg, answers, tokenizer):
+    """Whom --distill=align imitates, and what it was taught of a student's answers (A strings): `align.Teacher`."""
     if not cfg.teacher.startswith("ckpt:"):
         raise ValueError(f"--distill=align imitates a run: give its folder, --teacher=ckpt:DIR, not {cfg.teacher}; "
                          "or take --distill=answers")
     saved = load_checkpoint(cfg.teacher[len("ckpt:"):], "--teacher=ckpt:")
-    known, tokenizer = saved["answers"] or [], data.Tokenizer.from_state(saved["tokenizer"])
+    known, theirs = saved["answers"] or [], data.Tokenizer.from_state(saved["tokenizer"])
     if missing := set(answers) - set(known):
         raise ValueError(f"--teacher={cfg.teacher} was not taught '{min(missing)}': teach it the same answers first, "
                          "with its --phase=distill")
-    return align.Teacher(build(Config(**saved["config"]), tokenizer, saved["model"]), tokenizer,
-                         saved["concepts"][[known.index(answer) for answer in answers]])
-
-def standardise(model, latents):
-    """A teacher's latents (n, D) in the units that thoughts have."""
-    return (latents - model.concept_mean) / model.concept_std
+    return align.Teacher(build(Config(**saved["config"]), theirs, saved["model"]), theirs,
+                         saved["concepts"][[known.index(answer) for answer in answers]]).checked(cfg, tokenizer)
 
 @torch.no_grad()
 def teach(run, questions, vectors):
@@ -304,18 +301,19 @@ def teach(run, questions, vectors):
     table = model.concept(questions.answer_tokens) if vectors is None else vectors.to(run.device)
     model.concept_mean.copy_(table.mean(0))
     model.concept_std.copy_(table.std(0, correction=0).clamp(min=1e-3))
-    return standardise(model, table)
+    return evaluate.standardise(model, table)
 
 def distill(run, questions, table):
     """Phase 2: (loss_at, measure). Facts of DEC and LAT, in trained wordings; no token of an answer is produced."""
     taught, quick = questions.where("DEC", "LAT", phrasing="trained"), questions.only("heldout")
     tokens, answers = questions.tokens[taught], table[questions.answer_of[taught]]      # (n, T), (n, D)
-    lengths = (tokens != run.corpus.tokenizer.pad).sum(1).cpu()     # a batch ends with its longest row; no GPU waits
+    lengths = (tokens != run.corpus.tokenizer.pad).sum(1).cpu()     # a batch ends with its longest row: no GPU is asked
 
     def loss_at(progress):
         """Questions that are taught, drawn anew."""
         which = torch.randint(len(taught), (run.cfg.qa_batch_size // run.cfg.accum,))
-        return run.model.distill_loss(tokens[which, :lengths[which].max()], answers[which])
+        longest, which = lengths[which].max(), which.to(run.device, non_blocking=True)
+        return run.model.distill_loss(tokens[which, :longest], answers[which])
     return loss_at, lambda whole: evaluate.recall(run, questions if whole else quick, table)
 
 def lessons(run, questions, table):
@@ -334,7 +332,8 @@ def lessons(run, questions, table):
         """Rows of questions and of echoes, drawn anew."""
         n = cfg.qa_batch_size // cfg.accum
         n_echo = round(n * cfg.echo)
-        return torch.cat((torch.randint(len(asked), (n - n_echo,)), len(asked) + torch.randint(len(heard), (n_echo,))))
+        which = torch.cat((torch.randint(len(asked), (n - n_echo,)), len(asked) + torch.randint(len(heard), (n_echo,))))
+        return which.to(run.device, non_blocking=True)
     return texts, pool, words, torch.cat((table[answers], table)), draw
 
 def speak(run, questions, table):
@@ -377,6 +376,7 @@ def run(cfg, corpus=None):
     Returns the newest value of every column of metrics.csv, as a dict. ValueError where cfg asks what can't be."""
     out, phases = Path(cfg.out), PHASES if cfg.phase == "all" else (cfg.phase,)
     checkpoint = open_run(cfg, phases)
+    left = phases[phases.index(checkpoint["phase"]) if cfg.resume else 0:]      # what is still to be run
     device, dtype = pick_device(cfg)
     corpus = corpus or data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]) if checkpoint else None)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
@@ -388,8 +388,11 @@ def run(cfg, corpus=None):
             raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), "
                              "or stop after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
-    if "distill" in phases:             # before the model: the width of the teacher is the width of W
-        teacher = open_teacher(cfg, questions.answers) if cfg.distill == "align" else None
+        if left[0] != "pretrain" and (cfg.resume or left == ("speak",)) and checkpoint["answers"] != questions.answers:
+            raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
+                             "run --phase=distill first")
+    if "distill" in left:               # before the model: the width of the teacher is the width of W
+        teacher = open_teacher(cfg, questions.answers, corpus.tokenizer) if cfg.distill == "align" else None
         vectors = teacher.vectors if teacher else teacher_vectors(cfg, questions.answers)
         cfg = dataclasses.replace(cfg, teacher_width=0 if vectors is None else vectors.size(1))
     # a phase that is started anew starts with fresh parts of its own
@@ -405,13 +408,10 @@ def run(cfg, corpus=None):
                              if cfg.resume or PHASES.index(row["phase"]) < PHASES.index(phases[0])])
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), tokenizer=corpus.tokenizer.state(),
                  corpus=corpus.fingerprint, answers=checkpoint.get("answers"), concepts=checkpoint.get("concepts"))
-    for phase in phases[phases.index(checkpoint["phase"]) if cfg.resume else 0:]:
+    for phase in left:
         resumed = (checkpoint["step"], checkpoint["optimizer"]) if cfg.resume and phase == checkpoint["phase"] else ()
         if phase == "distill" and not resumed:
             state |= dict(answers=questions.answers, concepts=teach(this, questions, vectors))
-        if phase != "pretrain" and state["answers"] != questions.answers:
-            raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
-                             "run --phase=distill first")
         loss_at, measure = pretrain(this) if phase == "pretrain" else dict(
             distill=teacher.align if teacher else distill, speak=speak)[phase](
             this, questions, state["concepts"].to(device))
@@ -442,7 +442,7 @@ def main(argv=None):
         sys.exit(130)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):      # a full disk, a folder without write permission
-            error = f"--out={cfg.out}: {error}: free space or take another --out"
+            error = f"{error}: free space or allow writing there; --out={cfg.out} says where a run goes"
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

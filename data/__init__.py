@@ -39,8 +39,8 @@ class Cloze(NamedTuple):
 class Text:
     """A stream of tokens, and the places where a row may start.
 
-    Documents end in EOS and no row crosses an EOS. A row starts at the beginning of a document, or, in documents longer than
-    a row, wherever a full row is left.
+    Documents end in EOS and no row crosses an EOS; a .txt of your own is one document. A row starts at the beginning of a
+    document, or, in documents longer than a row, wherever a full row is left.
     """
 
     def __init__(self, tokens, block_size, tokenizer, name):
@@ -86,8 +86,8 @@ def pack(tokenizer, texts, limit, flag):
     ids = tokenizer.encode_batch(texts)
     longest = max(ids, key=len)
     if len(longest) > limit:
-        raise ValueError(f"'{tokenizer.decode(longest).strip()}' has {len(longest)} tokens, more than {flag}={limit}: "
-                         "shorten it or raise the flag")
+        raise ValueError(f"'{tokenizer.decode(longest).strip()}' has {len(longest)} tokens, {limit} fit: "
+                         f"shorten it or raise {flag}")
     return torch.tensor([row + [tokenizer.pad] * (len(longest) - len(row)) for row in ids])
 
 
@@ -112,6 +112,11 @@ def read_text(path):
         raise ValueError(f"--data={path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
 
 
+def room(block_size, answer_size):
+    """How many tokens an answer may have, and the flag that says so: the decoder ends it with EOS, the encoder reads it."""
+    return min((answer_size - 1, "--answer_size"), (block_size, "--block_size"))
+
+
 def read_qa(path, tokenizer, block_size, answer_size):
     """A student's own pairs, question <tab> answer a line. All are taught; the file's relation is 'qa'."""
     try:
@@ -130,9 +135,9 @@ def read_qa(path, tokenizer, block_size, answer_size):
         question, answer = fields[0].strip(), fields[1].strip()
         if not question or not answer:
             raise ValueError(f"{where}: the {'answer' if question else 'question'} is empty")
-        for text, limit, flag in ((question, block_size, "block_size"), (" " + answer, answer_size - 1, "answer_size")):
+        for text, (limit, flag) in (question, (block_size, "--block_size")), (" " + answer, room(block_size, answer_size)):
             if (n := len(tokenizer.encode(text))) > limit:
-                raise ValueError(f"{where}: '{text.strip()}' has {n} tokens, {limit} fit; shorten it or raise --{flag}")
+                raise ValueError(f"{where}: '{text.strip()}' has {n} tokens, {limit} fit; shorten it or raise {flag}")
         pairs.append(QA("DEC", "trained", "qa", question, question, answer))
     if not pairs:
         raise ValueError(f"--qa={path} holds no pair: write lines of question, tab, answer")
@@ -149,6 +154,8 @@ def load(cfg, tokenizer=None):
 
     tokenizer: the one of a checkpoint; without it, cfg.tokenizer says: bpe (trained on this corpus) or gpt2.
     """
+    if not 260 <= cfg.vocab_size <= 2 ** 16:
+        raise ValueError(f"--vocab_size={cfg.vocab_size} must be 260 (256 bytes and 4 specials) to 65536 (tokens of 16 bits)")
     if cfg.data == "facts":
         folder = prepare_facts(cfg.facts, cfg.vocab_size, cfg.block_size, tokenizer=cfg.tokenizer)
         tokenizer = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
@@ -181,8 +188,7 @@ class Questions:
         self.answers = sorted({row.answer for row in rows if row.split != "NEVER"})
         number = {answer: i for i, answer in enumerate(self.answers)}
         self.tokens = pack(tokenizer, [row.question for row in rows], block_size, "--block_size").to(device)    # (N, T)
-        self.answer_tokens = pack_answers(tokenizer, self.answers, answer_size - 1,                             # (A, L)
-                                          "--answer_size - 1").to(device)       # EOS needs a place too
+        self.answer_tokens = pack_answers(tokenizer, self.answers, *room(block_size, answer_size)).to(device)   # (A, L)
         self.answer_of = torch.tensor([number.get(row.answer, 0) for row in rows], device=device)               # (N,)
         relations = {name: i for i, name in enumerate(sorted({row.relation for row in rows}))}
         values = torch.zeros(len(relations), len(self.answers), dtype=torch.bool)

@@ -211,7 +211,7 @@ def imitate(cfg, part, corpus):
     figures = train.run(asked, corpus) if thinks else {}
     run, saved = open_arm(cfg, cfg.out, corpus)
     run, questions = run._replace(cfg=asked), questions_of(run)
-    teacher = train.open_teacher(asked, questions.answers) if thinks else Teacher(
+    teacher = train.open_teacher(asked, questions.answers, corpus.tokenizer) if thinks else Teacher(
         open_arm(cfg, place(cfg, cfg.versus), corpus)[0].model, corpus.tokenizer, None)
     loss_at = teacher.align(run, questions, None)[0]
     if not thinks:

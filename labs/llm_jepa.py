@@ -104,7 +104,7 @@ def vocabulary(views):
 def pack(tokenizer, views, cfg):
     """The texts of each view as ids, padded: (n, T) each."""
     limits = dict.fromkeys(views, (cfg.block_size, "--block_size")) | dict(
-        regex=(cfg.answer_size - 1, "--answer_size - 1"))
+        regex=(cfg.answer_size - 1, "--answer_size"))
     return {name: data.pack(tokenizer, texts, *limits[name]) for name, texts in views.items()}
 
 def join(pad, *parts):
@@ -284,7 +284,7 @@ def learn_t_jepa(cfg, taught):
     def look(pairs):
         """How alike the thoughts are to the latents that they should be."""
         texts, regexes = zip(*pairs)
-        target = train.standardise(model, model.concept(ids([" " + regex for regex in regexes])))       # (n, C)
+        target = evaluate.standardise(model, model.concept(ids([" " + regex for regex in regexes])))       # (n, C)
         return alike(evaluate.think_all(run, ids(list(texts))).latent, target, regexes)
     return model, write, look
 

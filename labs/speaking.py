@@ -101,7 +101,7 @@ def begin(cfg):
     if own_phase_2 or weights is None:
         return run, questions, train.teach(run, questions, None)
     with torch.no_grad():       # by the shared run's units: its own table, and the latent of "I don't know" if need be
-        return run, questions, train.standardise(model, model.concept(questions.answer_tokens))
+        return run, questions, evaluate.standardise(model, model.concept(questions.answer_tokens))
 
 def fit(run, phase, loss_at, measure=lambda whole: {}):
     """train.fit without a checkpoint; measure keeps its own figures and returns none, so that nothing is drawn."""

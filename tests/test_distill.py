@@ -51,7 +51,7 @@ def asked(cfg):
     """What align works on, untrained: (Run, Questions, Teacher)."""
     corpus = data.load(cfg)
     questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, "cpu")
-    teacher = train.open_teacher(cfg, questions.answers)
+    teacher = train.open_teacher(cfg, questions.answers, corpus.tokenizer)
     model = train.build(dataclasses.replace(cfg, teacher_width=teacher.vectors.size(1)), corpus.tokenizer)
     return train.Run(cfg, model, corpus, "cpu", None), questions, teacher
 
@@ -160,7 +160,7 @@ def test_another_vocabulary_can_be_taught_by_whole_texts_but_not_by_tokens(toy):
 
 def test_the_teacher_reads_the_same_text_in_its_own_tokens(toy):
     folder, large, *_ = toy
-    run, questions, teacher = asked(student(folder, "never", vocab_size=300, answer_size=16))
+    run, questions, teacher = asked(student(folder, "never", vocab_size=300, align="pooled", answer_size=16))
     rows = run.corpus.train.rows(range(5))
     seen = teacher.read(rows, run.corpus.tokenizer)
     assert seen.shape != rows.shape
@@ -222,7 +222,7 @@ def test_a_student_can_be_asked(toy, capsys):
     (dict(teacher="self"), "--distill=align imitates a run.*--teacher=ckpt:DIR"),
     (dict(teacher="ckpt:nowhere"), "no checkpoint in --teacher=ckpt:nowhere"),
     (dict(teacher="ckpt:{}/read"), "was not taught.*--phase=distill"),
-    (dict(block_size=40), "--block_size=40.*lower it to 32")])
+    (dict(block_size=40), "--block_size=40.*another --out, with --block_size=32")])
 def test_who_cannot_teach_is_refused_in_one_line(toy, changes, error):
     folder, *_ = toy
     train.run(config(folder, "read", phase="pretrain", pretrain_steps=0))

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,13 @@ def toy(tmp_path_factory):
 def config(folder, name, **changes):
     return train.Config(**{**FLAGS, "data": str(folder / "text.txt"), "qa": str(folder / "qa.tsv"),
                            "out": str(folder / name), **changes})
+
+
+def open_parts(cfg):
+    """The rest of a `train.Run` of a folder: model, corpus, device, dtype."""
+    saved = train.load_checkpoint(cfg.out)
+    corpus = data.load(cfg, data.Tokenizer.from_state(saved["tokenizer"]))
+    return train.build(cfg, corpus.tokenizer, saved["model"]), corpus, "cpu", None
 
 
 def weights(out):
@@ -168,7 +176,8 @@ def test_starting_over_keeps_the_old_checkpoint(toy):
     ("--loss=l7", "smooth_l1"), ("--compile=perhaps", "neither true nor false"), ("--top_k=9", "n_layer"),
     ("--data=nowhere.txt", "nowhere.txt"), ("--qa=nowhere.tsv", "nowhere.tsv"), ("--teacher=nowhere.npz", "nowhere.npz"),
     ("--teacher=ckpt:nowhere", "--teacher=ckpt:nowhere"),
-    ("--block_size=5000", "--block_size=5000")])
+    ("--block_size=5000", "--block_size=5000"), ("--mask_ratio=.99", "--mask_ratio=0.99"), ("--vocab_size=100", "--vocab_size=100"),
+    ("--vocab_size=70000", "--vocab_size=70000"), ("--seed=10000000000", "--seed=10000000000")])
 def test_bad_flags_are_one_line_that_names_the_flag(toy, capsys, flag, words):
     folder, cfg, _ = toy
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
@@ -192,6 +201,15 @@ def test_bad_pairs_name_their_line(toy, capsys, content, words):
     folder, cfg, _ = toy
     (folder / "bad.tsv").write_text(content)
     assert words in fails([f"--data={cfg.data}", f"--qa={folder / 'bad.tsv'}", "--block_size=32", f"--out={folder / 'bad'}"], capsys)
+
+
+def test_an_answer_must_fit_the_encoder_too(toy, capsys):
+    """The encoder says what an answer's latent is: one that is longer than it reads is refused before phase 1."""
+    folder, cfg, _ = toy
+    (folder / "long.tsv").write_text("Who?\t" + "xyz " * 20 + "\n")
+    said = fails([f"--data={cfg.data}", f"--qa={folder / 'long.tsv'}", "--block_size=32", "--answer_size=300",
+                  f"--out={folder / 'bad'}"], capsys)
+    assert "32 fit" in said and said.endswith("--block_size") and not (folder / "bad").exists()
 
 
 def test_bad_vectors_are_refused(toy, capsys):
@@ -423,6 +441,44 @@ def test_a_phase_begun_anew_keeps_what_was_there_and_shows_no_figure_of_it(tmp_p
     (out / "ckpt.pt").unlink()
     (out / "ckpt.previous.pt").rename(out / "ckpt.pt")
     assert train.load_checkpoint(out)["phase"] == "speak" and train.load_checkpoint(out)["rows"] == spoken["rows"]
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(toy, capsys, tmp_path):
+    """Whatever is wrong is said before anything is written."""
+    folder, cfg, _ = toy
+    shutil.copytree(cfg.out, tmp_path / "run")
+    (tmp_path / "other.tsv").write_text("What is the colour of the moss?\tblue\n")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for argv in (["--phase=speak", f"--qa={tmp_path / 'other.tsv'}"],
+                 ["--phase=distill", "--distill=align", f"--teacher=ckpt:{tmp_path / 'nowhere'}"]):
+        fails([*argv, f"--out={tmp_path / 'run'}"], capsys)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_copied_folder_is_a_run_of_its_own(toy, tmp_path):
+    folder, cfg, _ = toy
+    shutil.copytree(cfg.out, tmp_path / "copy")
+    for given in dict(phase="speak"), dict(resume=True):
+        assert train.resolve(given | dict(out=str(tmp_path / "copy"))).out == str(tmp_path / "copy")
+
+
+def test_a_resumed_run_takes_the_weight_decay_that_it_is_given(toy):
+    folder, cfg, _ = toy
+    run = train.Run(config(folder, "run", weight_decay=0.3), *open_parts(cfg))
+    state = train.load_checkpoint(cfg.out)["optimizer"]
+    assert [group["weight_decay"] for group in train.optimizer_for(run, "speak", state).param_groups] == [0.3, 0.0]
+
+
+def test_speaking_is_resumed_without_the_teacher(toy, tmp_path):
+    """What the teacher said of the answers is in the checkpoint since phase 2 began."""
+    folder, cfg, _ = toy
+    np.savez(tmp_path / "vectors.npz", answers=[a for _, a in PAIRS], vectors=np.random.default_rng(0).normal(size=(12, 20)))
+    few = config(tmp_path, "run", data=cfg.data, qa=cfg.qa, teacher=str(tmp_path / "vectors.npz"), pretrain_steps=1,
+                 distill_steps=2, speak_steps=2)
+    train.run(few)
+    (tmp_path / "vectors.npz").unlink()
+    figures = train.run(train.resolve(dict(resume=True, out=few.out, speak_steps=4)))
+    assert figures["step"] == 4 and train.load_checkpoint(few.out)["config"]["teacher_width"] == 20
 
 
 def test_one_answer_alone_is_taught_without_a_number_that_is_none(tmp_path):

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare: 1 MB of plays, as data/shakespeare/input.txt. A blank line divides speeches, and so documents.
+Tiny Shakespeare: 1 MB of plays, as data/shakespeare/input.txt. A blank line divides speeches.
 
     python data/shakespeare/prepare.py                     # download
     python data/shakespeare/prepare.py --input=local.txt   # or use a copy
