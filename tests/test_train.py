@@ -210,6 +210,9 @@ def test_an_answer_must_fit_the_encoder_too(toy, capsys):
     said = fails([f"--data={cfg.data}", f"--qa={folder / 'long.tsv'}", "--block_size=32", "--answer_size=300",
                   f"--out={folder / 'bad'}"], capsys)
     assert "32 fit" in said and said.endswith("--block_size") and not (folder / "bad").exists()
+    row, tokenizer = data.QA("DEC", "trained", "qa", "Who?", "Who?", "xyz " * 20), data.load(cfg).tokenizer
+    with pytest.raises(ValueError, match="32 fit.*--block_size"):
+        data.Questions([row], tokenizer, 32, 300, "cpu")
 
 
 def test_bad_vectors_are_refused(toy, capsys):
@@ -455,11 +458,13 @@ def test_a_refused_command_leaves_the_run_as_it_was(toy, capsys, tmp_path):
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_copied_folder_is_a_run_of_its_own(toy, tmp_path):
+def test_a_copied_folder_is_a_run_of_its_own(toy, tmp_path, monkeypatch):
+    """The folder that is named, by default too, and not the one where the checkpoint was written first."""
     folder, cfg, _ = toy
-    shutil.copytree(cfg.out, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(cfg.out, train.Config.out)
     for given in dict(phase="speak"), dict(resume=True):
-        assert train.resolve(given | dict(out=str(tmp_path / "copy"))).out == str(tmp_path / "copy")
+        assert train.resolve(given).out == train.Config.out
 
 
 def test_a_resumed_run_takes_the_weight_decay_that_it_is_given(toy):
