@@ -428,8 +428,8 @@ TOLD = {
     "commonest DEC answer": Config(way="constant"),
     "GPT": Config(way="gpt"),
     "GPT told LAT too": Config(way="gpt", start="GPT", told="DEC LAT"),
-    # 10 layers have as many weights as recipe=latent, 12 as the default; 6 cost as many FLOPs for a question
-    **{f"GPT of {depth} layers": Config(way="gpt", n_layer=depth) for depth in (6, 10, 12)},
+    # 10 layers have as many weights as recipe=latent, 12 as the default; 5 or 6 cost a short answer as many FLOPs
+    **{f"GPT of {depth} layers": Config(way="gpt", n_layer=depth) for depth in (5, 6, 10, 12)},
 }
 CONTINUAL = {
     "A then B": distilled(way="continual"),

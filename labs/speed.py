@@ -245,8 +245,12 @@ def thinking(lab):
     lengths = (lab.some.tokens != lab.corpus.tokenizer.pad).sum(1)                      # (N,)
     row, V = lengths.argsort()[len(lengths) // 2], CFG.vocab_size
     question = lab.some.tokens[row:row + 1, :lengths[row]]                              # (1, Q), of middling length
-    runs = [json.loads(path.read_text()) for path in Path(lab.flags.out, "facts").glob("default_*/result.json")]
-    match = {split: np.mean([run[f"em_{split}_heldout"] for run in runs]) for split in ("DEC", "LAT") if runs}
+    def match(arm, width):
+        """Exact match of an arm of the facts lab, in words; it knows one width."""
+        runs = [json.loads(path.read_text()) for path in Path(lab.flags.out, "facts").glob(f"{arm}_[0-9]/result.json")]
+        known = runs if width == CFG.n_embd else []
+        return "exact match " + (", ".join(f"{split} {np.mean([run[f'em_{split}_heldout'] for run in known]):.2f}"
+                                           for split in ("DEC", "LAT") if known) or "not measured")
     for width, n in itertools.product(lab.ends, lab.size.answers):
         model = endless(lab, width, max(4, n))
         ours = lambda: list(itertools.islice(model.speak(model.think(question)), n))
@@ -255,9 +259,8 @@ def thinking(lab):
         flops, one, two = map(count_flops, (ours, gpt(1), gpt(2)))              # a GPT's grow with its depth, linearly
         depths = {"GPT of equal parameters": round((params - (V + 1) * width) / (12 * width + 2) / width),
                   "GPT of equal FLOPs": max(1, round(1 + (flops - one) / (two - one)))}
-        notes = {name: f"{depth} layers, exact match not measured" for name, depth in depths.items()}
-        known = ", ".join(f"{split} {mean:.2f}" for split, mean in match.items() if width == CFG.n_embd)
-        notes["T-JEPA"] = f"exact match {known or 'not measured'}"
+        notes = {name: f"{depth} layers, " + match(f"GPT of {depth} layers" if depth != CFG.n_layer else "GPT", width)
+                 for name, depth in depths.items()} | {"T-JEPA": match("default", width)}
         arms = {(name, "fp32"): gpt(depth) for name, depth in depths.items()} | {("T-JEPA", "fp32"): ours}
         lab.measure(f"Question of {question.size(1)} tokens, answer of {n}", arms, lab.size.calls, width, notes=notes)
 
