@@ -219,17 +219,19 @@ def test_a_cache_saves_flops_and_a_batch_costs_as_many_times_more(fast):
 def test_exact_match_stands_beside_the_cost_where_the_facts_lab_has_measured_it(fast, lab, monkeypatch):
     rows = [row for row in csv.DictReader(open(fast / "speed-fast.csv")) if row["part"].startswith("Question")]
     assert rows and all("exact match not measured" in row["note"] for row in rows)
-    for seed, em in enumerate((0.5, 0.7)):
-        (fast / "facts" / f"default_{seed}").mkdir(parents=True)
-        (fast / "facts" / f"default_{seed}" / "result.json").write_text(
-            json.dumps(dict(arm="default", em_DEC_heldout=em, em_LAT_heldout=em / 2)))
+    for name, em in ("default_0", 0.5), ("default_1", 0.7), ("GPT of 12 layers_0", 0.9):
+        (fast / "facts" / name).mkdir(parents=True)
+        (fast / "facts" / name / "result.json").write_text(json.dumps(dict(em_DEC_heldout=em, em_LAT_heldout=em / 2)))
     lab.size, lab.ends = speed.SimpleNamespace(answers=(1,), calls=1), (speed.CFG.n_embd,)
     lab.flags = speed.SimpleNamespace(out=fast)
     lab.some = speed.SimpleNamespace(tokens=words(5, 6))
     lab.corpus = speed.SimpleNamespace(tokenizer=speed.SimpleNamespace(
         pad=speed.CFG.pad, word_start=[True] * speed.CFG.vocab_size))
     speed.thinking(lab)
-    assert [row["note"] for row in lab.rows if row["what"] == "T-JEPA"] == ["exact match DEC 0.60, LAT 0.30"]
+    notes = {row["what"]: row["note"] for row in lab.rows}
+    assert notes["T-JEPA"] == "exact match DEC 0.60, LAT 0.30"
+    assert notes["GPT of equal parameters"] == "12 layers, exact match DEC 0.90, LAT 0.45"
+    assert notes["GPT of equal FLOPs"].endswith("layers, exact match not measured")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
