@@ -88,15 +88,13 @@ class Teacher(NamedTuple):
         if shown:
             torch.manual_seed(0)        # the same rows when a run is resumed
             mean, turn = axes(*latents(run.corpus.train.batch(512).to(run.device)), model.cfg.n_embd, shown)
-        asked = questions.tokens[taught]                                                    # (n, T)
-        known = thoughts(asked) if "thought" in parts else None                             # (n, D), once: they stay
-        lengths = (asked != theirs.pad).sum(1).cpu()    # a batch ends with its longest row
+        known = thoughts(questions.tokens[taught]) if "thought" in parts else None          # (n, D), once: they stay
+        draw = questions.drawing(taught, cfg.qa_batch_size // cfg.accum)
 
         def loss_at(progress):
             """Rows of text and questions that are taught, drawn anew."""
             rows = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)    # (B, T)
-            which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,))
-            longest, which = lengths[which].max(), which.to(run.device, non_blocking=True)
+            which, asked = draw()
             pairs = {}      # part -> what the student makes of it, and what the teacher does, (..., width) both
             if shown:
                 (target, heard), real = latents(rows), rows != model.cfg.pad
@@ -104,8 +102,7 @@ class Teacher(NamedTuple):
                 mine = model.encode(rows, online=True).float()[..., :target.size(-1)]       # (B, T, width)
                 pairs["tokens"], pairs["pooled"] = (mine, target), (pool(mine, real), pool(target, heard))
             if "thought" in parts:
-                some = asked[which, :longest]
-                pairs["thought"] = model.think(some, cfg.question_drop).latent, known[which]
+                pairs["thought"] = model.think(asked, cfg.question_drop).latent, known[which]
             if "guess" in parts:
                 pairs["guess"] = model.think(rows).latent, thoughts(rows)
             fits = []                                                                       # R2 of each part

@@ -306,14 +306,13 @@ def teach(run, questions, vectors):
 def distill(run, questions, table):
     """Phase 2: (loss_at, measure). Facts of DEC and LAT, in trained wordings; no token of an answer is produced."""
     taught, quick = questions.where("DEC", "LAT", phrasing="trained"), questions.only("heldout")
-    tokens, answers = questions.tokens[taught], table[questions.answer_of[taught]]      # (n, T), (n, D)
-    lengths = (tokens != run.corpus.tokenizer.pad).sum(1).cpu()     # a batch ends with its longest row: no GPU is asked
+    answers = table[questions.answer_of[taught]]                                        # (n, D)
+    draw = questions.drawing(taught, run.cfg.qa_batch_size // run.cfg.accum)
 
     def loss_at(progress):
         """Questions that are taught, drawn anew."""
-        which = torch.randint(len(taught), (run.cfg.qa_batch_size // run.cfg.accum,))
-        longest, which = lengths[which].max(), which.to(run.device, non_blocking=True)
-        return run.model.distill_loss(tokens[which, :longest], answers[which])
+        which, asked = draw()
+        return run.model.distill_loss(asked, answers[which])
     return loss_at, lambda whole: evaluate.recall(run, questions if whole else quick, table)
 
 def lessons(run, questions, table):

@@ -184,7 +184,7 @@ class Questions:
     """The corpus's questions as tensors: what is asked, which answer is right, and which answers compete with it."""
 
     def __init__(self, rows, tokenizer, block_size, answer_size, device):
-        self.rows = rows
+        self.rows, self.pad = rows, tokenizer.pad
         self.answers = sorted({row.answer for row in rows if row.split != "NEVER"})
         number = {answer: i for i, answer in enumerate(self.answers)}
         self.tokens = pack(tokenizer, [row.question for row in rows], block_size, "--block_size").to(device)    # (N, T)
@@ -201,6 +201,17 @@ class Questions:
         """Numbers of the questions of some splits, (n,)."""
         return torch.tensor([i for i, row in enumerate(self.rows) if row.split in splits
                              and phrasing in (None, row.phrasing)], dtype=torch.long, device=self.tokens.device)
+
+    def drawing(self, asked, n):
+        """draw() -> n of the questions that are asked (numbers, (m,)), drawn anew: which of them (n,), and their tokens
+        (n, T): a batch ends with its longest row. Lengths stay on the CPU, so that no GPU is waited for."""
+        tokens, lengths = self.tokens[asked], (self.tokens[asked] != self.pad).sum(1).cpu()                # (m, T), (m,)
+
+        def draw():
+            which = torch.randint(len(asked), (n,))
+            longest, which = lengths[which].max(), which.to(tokens.device, non_blocking=True)
+            return which, tokens[which, :longest]
+        return draw
 
     def pick(self, kept):
         """The same with some of the questions, by number (n,)."""
