@@ -40,6 +40,7 @@ from data.facts import prepare
 from labs import teachers
 from labs.arms import FAILURES, chosen, main, publish, run_arms, tables
 from labs.controls import MaskedLM
+from labs.distillation import FASTER, SIZES
 from labs.llm_jepa import join
 
 SEVERAL = 10        # the first seed of the levers
@@ -383,6 +384,10 @@ def lever(start="lever default", **change):
     return Config(start=start, shift=SEVERAL, **DEFAULT | change)
 
 DEFAULT = dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
+FAST = dict(pretrain_lr=FASTER * train.Config.pretrain_lr, distill_lr=FASTER * train.Config.distill_lr)
+NARROW = DEFAULT | SIZES["medium"] | FAST               # the medium student of labs.distillation, from scratch
+OUTSIDE = "vectors.npz"         # a sentence encoder's vectors of the answers: the first page tells how to make the file
+LONG, TAUGHT = dict(pretrain_steps=2800, batch_size=96), dict(distill_steps=2800, qa_batch_size=256)
 READ = {        # arms with a phase 1 of their own
     "default": Config(**DEFAULT),
     "recipe=latent": Config(**train.RECIPES["latent"]),
@@ -397,6 +402,13 @@ READ = {        # arms with a phase 1 of their own
     "default without predictor mlm=.3": Config(mlm=0.3, pred_layer=0),
     "default reads three times as long": Config(pretrain_steps=2400, **DEFAULT),
     "latent reads three times as long": Config(pretrain_steps=2400),
+    "default at three times the rates": Config(**DEFAULT | FAST),
+    "narrow": Config(**NARROW),
+    "narrow reads three times as long": Config(pretrain_steps=2400, **NARROW),
+    "narrow reads 7 times as much": Config(**NARROW | LONG),
+    "narrow is taught 8 times as much": Config(**NARROW | TAUGHT),
+    "narrow reads 7 times as much and is taught 8 times": Config(**NARROW | LONG | TAUGHT),
+    "default reads 7 times as much and is taught 8 times": Config(**DEFAULT | LONG | TAUGHT),
     "latent text in 12 wordings": Config(text="wordings"),
     "latent text with questions of DEC": Config(text="questions"),
 }
@@ -407,7 +419,8 @@ TEACHERS = {
     "teacher letters (300 wide)": distilled(teacher="letters"),
     "teacher random codes": distilled(teacher="random"),
     **{f"default teacher {name}": Config(start="default", phase="distill", teacher=file, **DEFAULT) for name, file in {
-        "gpt": "{GPT}/vectors.npz", "letters (300 wide)": "letters", "random codes": "random"}.items()},
+        "gpt": "{GPT}/vectors.npz", "letters (300 wide)": "letters", "random codes": "random",
+        "all-MiniLM-L6-v2 (384 wide)": OUTSIDE}.items()},
     "shuffled L_a": distilled(way="shuffled"),
     "distill_steps=0": distilled(distill_steps=0),
 }
@@ -520,7 +533,11 @@ def facts(flags):
         evaluate.draw_curves = lambda rows, phases, path: None          # it takes longer than all else then
     wanted = chosen(flags, arms)
     first = {name for arm in wanted for name in [arms[arm].start, *re.findall("{(.*?)}", arms[arm].teacher)] if name}
-    for names in filter(None, (list(first), [name for name in wanted if name not in first])):
+    groups = list(first), [], []        # the last one's file may be missing
+    for name in wanted:
+        if name not in first:
+            groups[2 if arms[name].teacher == OUTSIDE else 1].append(name)
+    for names in filter(None, groups):
         try:
             rows = run_arms("facts", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
         except FAILURES as error:       # it comes at the end: what does not hang on that arm still runs
