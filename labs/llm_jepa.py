@@ -380,7 +380,7 @@ def best_of_map(rows, out):
 # -- the tables --------------------------------------------------------------------------------------------------------
 ANSWERS = {"latent term": "term", "exact match": "exact", "prefix match": "prefix", "over-generation": "over",
            "same length": "same_length", "other": "other", "dev": "dev", "leaked": "exact_leaked",
-           "million weights": "million", "minutes": "minutes"}
+           "million weights": "million"}
 LATENTS = {"cross-entropy": "token_loss", "cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1",
            "chance": "r1_chance", "rank of text": "rank_text", "of code": "rank_code"}
 BOTH = {name: ANSWERS[name] for name in ("latent term", "exact match", "prefix match", "dev")} | LATENTS
