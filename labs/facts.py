@@ -421,6 +421,8 @@ TEACHERS = {
     **{f"default teacher {name}": Config(start="default", phase="distill", teacher=file, **DEFAULT) for name, file in {
         "gpt": "{GPT}/vectors.npz", "letters (300 wide)": "letters", "random codes": "random",
         "all-MiniLM-L6-v2 (384 wide)": OUTSIDE}.items()},
+    "default teacher all-MiniLM-L6-v2 distill_steps=2100": Config(start="default", phase="distill", teacher=OUTSIDE,
+                                                                  **DEFAULT | dict(distill_steps=2100)),
     "shuffled L_a": distilled(way="shuffled"),
     "distill_steps=0": distilled(distill_steps=0),
 }
