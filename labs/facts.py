@@ -386,6 +386,7 @@ def lever(start="lever default", **change):
 DEFAULT = dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
 FAST = dict(pretrain_lr=FASTER * train.Config.pretrain_lr, distill_lr=FASTER * train.Config.distill_lr)
 NARROW = DEFAULT | SIZES["medium"] | FAST               # the medium student of labs.distillation, from scratch
+MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)
 OUTSIDE = "vectors.npz"         # a sentence encoder's vectors of the answers: the first page tells how to make the file
 LONG, TAUGHT = dict(pretrain_steps=2800, batch_size=96), dict(distill_steps=2800, qa_batch_size=256)
 READ = {        # arms with a phase 1 of their own
@@ -396,7 +397,8 @@ READ = {        # arms with a phase 1 of their own
     "default from random-init encoder": Config(pretrain_steps=0, **DEFAULT),
     "latent without predictor": Config(pred_layer=0),
     "latent with wide predictor": Config(pred_embd=train.Config.pred_embd),
-    "masked LM": Config(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
+    "masked LM": Config(**MASKED_LM),
+    "masked LM reads three times as long": Config(pretrain_steps=2400, **MASKED_LM),
     "default with narrow predictor": Config(mlm=1.0),
     "default without predictor": Config(mlm=1.0, pred_layer=0),
     "default without predictor mlm=.3": Config(mlm=0.3, pred_layer=0),
@@ -442,6 +444,7 @@ TOLD = {
     "LAT told as tokens": spoken(told="DEC LAT"),
     "commonest DEC answer": Config(way="constant"),
     "GPT": Config(way="gpt"),
+    "GPT reads three times as long": Config(way="gpt", pretrain_steps=2400),
     "GPT told LAT too": Config(way="gpt", start="GPT", told="DEC LAT"),
     # 10 layers have as many weights as recipe=latent, 12 as the default; 5 or 6 cost a short answer as many FLOPs
     **{f"GPT of {depth} layers": Config(way="gpt", n_layer=depth) for depth in (5, 6, 10, 12)},
@@ -519,7 +522,8 @@ ALL = {"Phase 1": (READ, PHASE_1), "What phase 1 is worth for speech": (READ, EM
        "What the decoder reads (recipe=latent: the thought in 4 slots)": (some("recipe=latent") | MEMORY, EM),
        "Taught as tokens, and GPTs": (some("recipe=latent") | TOLD, EM),
        "Only read (TXT): attempts": (
-           READ | some("GPT", "GPT of 10 layers", "GPT of 12 layers", "commonest DEC answer"), TXT),
+           READ | some("GPT", "GPT reads three times as long", "GPT of 10 layers", "GPT of 12 layers",
+                        "commonest DEC answer"), TXT),
        "The nearest concept instead of the thought": (READ | some("teacher gpt", "teacher random codes"), SNAPPED),
        "NEVER: signs of not knowing": (READ | TEACHERS, SIGNS),
        "Facts A, then facts B; the decoder has seen A only; held-out phrasings": (CONTINUAL, AFTER),
