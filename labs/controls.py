@@ -5,6 +5,8 @@ from torch.nn import functional as F
 
 import tjepa
 
+MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)    # flags of train.py: words alone, [MASK]s read
+
 
 class GPT(nn.Module):
     """A decoder-only language model; its head is its embedding. V*C + n_layer * (12*C*C + 2*C) + C parameters.

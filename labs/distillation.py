@@ -43,7 +43,7 @@ import evaluate
 import train
 from align import Teacher
 from labs.arms import FAILURES, chosen, main, markdown, publish, run_arms, tables
-from labs.controls import Reader
+from labs.controls import MASKED_LM, Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
 
@@ -55,7 +55,6 @@ TINY = {"large": dict(n_embd=32, pred_embd=16, n_layer=2, top_k=2),
 STEPS, FASTER = 800, 3
 # part of a route that imitates -> --align; the text's is Config.text
 IMITATE = dict(text="", thoughts="thought", both="tokens+pooled+thought")
-MASKED_LM = dict(loss="none", mlm=1.0, pred_layer=0, sigreg=0.0)
 
 
 @dataclasses.dataclass

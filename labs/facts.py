@@ -39,7 +39,7 @@ import train
 from data.facts import prepare
 from labs import teachers
 from labs.arms import FAILURES, chosen, main, publish, run_arms, tables
-from labs.controls import MaskedLM
+from labs.controls import MASKED_LM, MaskedLM
 from labs.distillation import FASTER, SIZES
 from labs.llm_jepa import join
 
@@ -386,7 +386,6 @@ def lever(start="lever default", **change):
 DEFAULT = dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
 FAST = dict(pretrain_lr=FASTER * train.Config.pretrain_lr, distill_lr=FASTER * train.Config.distill_lr)
 NARROW = DEFAULT | SIZES["medium"] | FAST               # the medium student of labs.distillation, from scratch
-MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)
 OUTSIDE = "vectors.npz"         # a sentence encoder's vectors of the answers: the first page tells how to make the file
 LONG, TAUGHT = dict(pretrain_steps=2800, batch_size=96), dict(distill_steps=2800, qa_batch_size=256)
 READ = {        # arms with a phase 1 of their own

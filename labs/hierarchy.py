@@ -47,6 +47,7 @@ import evaluate
 import tjepa
 import train
 from labs.arms import Flags, main, markdown, publish, run_arms, table
+from labs.controls import MASKED_LM
 from labs.measures import logistic_probe
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
@@ -74,7 +75,7 @@ FLOOR = "random-init encoder"
 BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, positions="learned", target="token", max_span=2, dtype="fp32",
               batch_size=128, pretrain_steps=1500, pretrain_lr=3e-3)
 OBJECTIVES = {
-    "masked LM": dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0),
+    "masked LM": MASKED_LM,
     "latent": {},
     "latent without predictor": dict(pred_layer=0),
     "latent as data2vec": dict(loss="smooth_l1", sigreg=0.0, pred_layer=0),

@@ -49,7 +49,7 @@ import train
 from labs import arms as shared
 from labs.arms import main, markdown, publish, run_arms, table
 from labs.collapse import continents
-from labs.controls import MaskedLM, Reader
+from labs.controls import MASKED_LM, MaskedLM, Reader
 from labs.measures import features, logistic_probe, rankme
 
 FOLDER = Path(data.__file__).parent
@@ -94,7 +94,6 @@ class Config(train.Config):
     stride: int = 1             # of the texts and statements that are asked only each so-manieth is: a quick look
 
 PAPER = train.RECIPES["paper"]
-MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)
 CHANGES = {                     # of train.py's default; the comparison that decides comes first
     "default": {},
     "masked LM": MASKED_LM,
