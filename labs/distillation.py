@@ -1,8 +1,8 @@
 """
 Large teaches small (T-JEPA v2.0): is the "world model quality" preserved, and what is the teacher worth?
 
-    python -m labs.distillation                 3 seeds of each arm: 4 to 9 minutes of a core each, equal compute more:
-                                                half an hour (medium), some two hours (small, a guess)
+    python -m labs.distillation                 3 seeds of each arm: 4 to 9 minutes of a core each; equal compute at a
+                                                quarter of the size half an hour, at a sixteenth 4 minutes of an H100
     python -m labs.distillation --fast          does it run?
 
 The large T-JEPA is train.py's default. A medium student (a quarter of its encoder's parameters) and a small one (a

@@ -545,12 +545,12 @@ def facts(flags):
     for names in filter(None, groups):
         try:
             rows = run_arms("facts", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
-        except FAILURES as error:       # it comes at the end: what does not hang on that arm still runs
+        except FAILURES as error:       # it comes at the end: what does not hang on that arm runs and is shown
             failed.append(error)
-    if failed:
-        raise failed[0]
     shown = FIRST if Path(flags.table) == Path("README.md") else ALL
     publish("facts", rows, tables(rows, shown), flags.table)
+    if failed:
+        raise failed[0]
 
 
 if __name__ == "__main__":

@@ -93,6 +93,21 @@ def test_an_arm_that_fails_stops_none_that_does_without_it(tmp_path, monkeypatch
     assert "echo=0_0" in ran
 
 
+def test_a_teacher_from_outside_comes_last_and_without_its_file_the_rest_is_shown(tmp_path, monkeypatch, capsys):
+    ran, outside = [], "default teacher all-MiniLM-L6-v2 (384 wide)"
+
+    def measure(cfg):
+        ran.append(Path(cfg.out).name)
+        if cfg.teacher == facts.OUTSIDE:
+            data.read_vectors(tmp_path / cfg.teacher, ["Paris"])
+        Path(cfg.out).mkdir(parents=True)
+        return dict(em_LAT_heldout=0.625)
+    monkeypatch.setattr(facts, "measure", measure)
+    with pytest.raises(ValueError, match="vectors.npz"):
+        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms=f"{outside},default"))
+    assert ran == ["default_0", f"{outside}_0"] and "0.625" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_named(tmp_path):
     cfg = dataclasses.replace(facts.ARMS["n_slots=1"], out=str(tmp_path / "n_slots=1_0"))
     with pytest.raises(ValueError, match="recipe=latent_0/distill/ckpt.pt is missing: run --arms='recipe=latent'"):
