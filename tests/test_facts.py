@@ -104,8 +104,8 @@ def test_a_teacher_from_outside_comes_last_and_without_its_file_the_rest_is_show
         return dict(em_LAT_heldout=0.625)
     monkeypatch.setattr(facts, "measure", measure)
     with pytest.raises(ValueError, match="vectors.npz"):
-        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms=f"{outside},default"))
-    assert ran == ["default_0", f"{outside}_0"] and "0.625" in capsys.readouterr().out
+        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms=f"{outside},GPT"))
+    assert ran == ["default_0", "GPT_0", f"{outside}_0"] and "0.625" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(tmp_path):
