@@ -508,8 +508,8 @@ AFTER = {f"{title} of {half}, {when} B": f"{figure}_heldout_{half}_{when}" for h
     ("A", ("before", "after")), ("B", ("before", "after"))) for when in whens
     for title, figure in (("R@1 LAT", "r1_LAT"), ("EM LAT", "em_LAT"), ("EM DEC", "em_DEC"))}
 
-FRONT = some("default", "default reads three times as long", "recipe=latent", "latent with wide predictor", "recipe=paper",
-             "random-init encoder", "default from random-init encoder")
+FRONT = some("default", "default reads three times as long", "recipe=latent", "latent with wide predictor",
+             "recipe=paper", "random-init encoder", "default from random-init encoder")
 FIRST = {"Phase 1": (FRONT, PHASE_1), "R@1 of the thought after phase 2": (FRONT, R1),
          "Exact match of greedy speech": (
              FRONT | some("GPT", "GPT reads three times as long", "commonest DEC answer"), EM),
