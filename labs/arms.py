@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -62,16 +63,24 @@ def run_arm(name, cfg, measure):
     return f"arm {name}, seed {cfg.seed}"
 
 def finish(todo, jobs):
-    """Run the arms of todo, jobs at once; yields the name of each that is done. One that fails stops no other, if they
-    run side by side; its error comes last."""
+    """Run the arms of todo, jobs at once; yields the name of each that is done. One that fails stops no other: its
+    error is said at once, and the first one is raised at the end."""
+    failed = []
+    def name_of(result):
+        """Of an arm that is done, or None; result: a function that returns the name, or raises what went wrong."""
+        try:
+            return result()
+        except FAILURES as error:
+            print(f"an arm failed: {error!r}", flush=True)
+            failed.append(error)
     if jobs == 1:
-        yield from (run_arm(*one) for one in todo)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        runs = [pool.submit(run_arm, *one) for one in todo]
-        yield from (run.result() for run in as_completed(runs) if not run.exception())
-    for run in runs:
-        run.result()
+        yield from filter(None, (name_of(partial(run_arm, *one)) for one in todo))
+    else:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            runs = as_completed([pool.submit(run_arm, *one) for one in todo])
+            yield from filter(None, (name_of(run.result) for run in runs))
+    if failed:
+        raise failed[0]
 
 def chosen(flags, arms):
     """Names of the arms that --arms asks for, all without it; ValueError names those that there are."""
@@ -80,12 +89,27 @@ def chosen(flags, arms):
         raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
     return names
 
-def run_arms(lab, arms, flags, measure=train.run):
-    """Run each arm (name -> Config) once a seed; returns rows: arm, seed, commit and the figures of measure(Config).
-    <out>/<lab>.csv holds them all."""
+def folder_of(lab, flags):
+    """Where the results of a lab lie."""
     if flags.fast and flags.table:
         raise ValueError("--fast measures nothing: leave --table out")
-    folder = Path(flags.out) / (lab + "-fast" * flags.fast)
+    return Path(flags.out) / (lab + "-fast" * flags.fast)
+
+def results(lab, flags):
+    """Rows of all that a lab has on disk: arm, seed, commit and figures. <out>/<lab>.csv holds them too."""
+    folder = folder_of(lab, flags)
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".csv"), "w", newline="") as file:
+        names = sorted({name for row in rows for name in row if name != "config"})
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+def run_arms(lab, arms, flags, measure=train.run):
+    """Run each arm (name -> Config) once a seed, as far as its result is not on disk; returns all `results`."""
+    folder = folder_of(lab, flags)
     todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
             for seed in range(flags.seeds) for name in chosen(flags, arms)
             if flags.redo or not measured(folder / f"{name}_{seed}" / "result.json", arms[name])]
@@ -93,13 +117,7 @@ def run_arms(lab, arms, flags, measure=train.run):
     for i, name in enumerate(finish(todo, flags.jobs), 1):
         eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
         print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
-    with open(folder.with_suffix(".csv"), "w", newline="") as file:
-        names = sorted({name for row in rows for name in row if name != "config"})
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
+    return results(lab, flags)
 
 def markdown(lines):
     """A markdown table from lists of cells; the first is the header."""

@@ -1,7 +1,7 @@
 """
 Why doesn't it collapse? Phase 1 broken on purpose, one arm a flag or two, and the cures.
 
-    python -m labs.collapse                 3 seeds of each arm, about 2 minutes an arm and seed on one core
+    python -m labs.collapse                 3 seeds of each arm, about 4 minutes an arm and seed on one core
     python -m labs.collapse --fast          does it run?
 
 Expected before the first run: without stop-gradient, without EMA and without a predictor the latents collapse; learned
@@ -27,6 +27,7 @@ import data
 import tjepa
 import train
 from labs.arms import Flags, main, markdown, publish, run_arms, table
+from labs.controls import MASKED_LM
 from labs.measures import content_sensitivity, features, logistic_probe
 
 BASE = train.Config(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100, **train.RECIPES["paper"])
@@ -51,7 +52,7 @@ CHANGES = {
     "recipe=latent": CURED,
     "latent without predictor": CURED | dict(pred_layer=0),
     "latent with 4 x 128 predictor": CURED | dict(pred_layer=4, pred_embd=128),
-    "masked LM": dict(loss="none", mlm=1.0, pred_layer=0),
+    "masked LM": MASKED_LM,
     "default": CURED | dict(mlm=train.Config.mlm, pred_embd=train.Config.pred_embd),
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}

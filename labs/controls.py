@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 import tjepa
 
-MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)    # flags of train.py: words alone, [MASK]s read
+# flags of train.py: the encoder itself reads [MASK]s and fills in words; no latent is predicted, none is kept apart
+MASKED_LM = dict(loss="none", mlm=1.0, sigreg=0.0, pred_layer=0)
 
 
 class GPT(nn.Module):

@@ -42,7 +42,7 @@ import data
 import evaluate
 import train
 from align import Teacher
-from labs.arms import FAILURES, chosen, main, markdown, publish, run_arms, tables
+from labs.arms import FAILURES, chosen, main, markdown, publish, results, run_arms, tables
 from labs.controls import MASKED_LM, Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
@@ -74,12 +74,12 @@ def plain(cfg, **changes):
 
 # -- who takes part ----------------------------------------------------------------------------------------------------
 def arm_of(fast, size, steps=STEPS, **changes):
-    """A Config. steps: of phases 1 and 2, and of align; changes go before. fast: three steps of each at most."""
+    """A Config. steps: of phases 1 and 2, and of align; changes go before. fast: four steps of each at most."""
     count = dict(pretrain_steps=steps, distill_steps=steps, align_steps=steps)
     rates = {name: getattr(Config, name) * (1 if size == "large" else FASTER)
              for name in ("pretrain_lr", "distill_lr", "align_lr")}
     arm = Config(**(SIZES[size] | count | rates | dict(size=size, alpha_start=0.0, eval_every=10 ** 9) | changes))
-    few = {name: min(3, getattr(arm, name)) for name in ("speak_steps", *count)} | TINY[size]
+    few = {name: min(4, getattr(arm, name)) for name in ("speak_steps", *count)} | TINY[size]
     return dataclasses.replace(arm, **few, every=29) if fast else arm
 
 def teachers(fast):
@@ -355,18 +355,17 @@ def distillation(flags):
     folder = Path(flags.out) / ("distillation" + "-fast" * flags.fast)
     first, second = teachers(flags.fast), students(flags.fast)
     every = [*first, *second, *LATER]
-    wanted, rows, failed = chosen(flags, every), [], None
+    wanted, failed = chosen(flags, every), None
     for stage in first, second, None:
         try:
             arms = stage or later(flags.fast, folder, [name for name in LATER if name in wanted])
             if mine := [name for name in arms if name in wanted]:
-                rows = run_arms("distillation", arms, dataclasses.replace(flags, arms=",".join(mine)), measure)
+                run_arms("distillation", arms, dataclasses.replace(flags, arms=",".join(mine)), measure)
         except FAILURES as error:       # the next stage can do without one arm of this one
             failed = error
-            print(f"distillation: {error!r}", flush=True)
-    rows = retained(rows)
+    rows = retained(results("distillation", flags))
     text = tables(rows, {title: (every, columns) for title, columns in TABLES.items()})
-    publish("distillation", rows, f"{text}\n\n{verdicts(rows)}", flags.table)
+    publish("distillation", rows, f"{text}\n\n{verdicts(rows)}", "" if failed else flags.table)
     if failed:
         raise failed
 

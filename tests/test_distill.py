@@ -302,3 +302,8 @@ def test_likeness_knows_itself_and_a_stranger(toy):
     itself, like, stranger = (lab.likeness(run, runs[0]) for run in runs)
     assert itself["cka"] > 0.999 and itself["knn"] > 0.999 and itself["linear"] > 0.99
     assert itself["cka"] > like["cka"] > stranger["cka"]
+
+
+def test_every_arm_of_the_lab_can_be_tried_in_a_few_steps():
+    for name, cfg in (lab.teachers(True) | lab.students(True)).items():
+        assert max(cfg.pretrain_steps, cfg.distill_steps, cfg.align_steps, cfg.speak_steps) <= 4, name

@@ -45,8 +45,8 @@ def said(text, tokenizer):
 def test_arms_share_the_phases_that_they_copy():
     """What an arm changes belongs to the phase that it begins with, or a later one."""
     early = ("text pretrain_steps pretrain_lr batch_size mask_ratio target loss sigreg vicreg mlm top_k target_norm "
-             "ema_half_life pred_layer n_layer n_embd shift").split()
-    second = "teacher distill_steps distill_lr question_drop".split()
+             "ema_half_life pred_layer pred_embd n_layer n_embd shift").split()
+    second = "teacher distill_steps distill_lr question_drop qa_batch_size".split()
     for name, cfg in facts.ARMS.items():
         if cfg.start:
             source = facts.ARMS[cfg.start]
@@ -54,6 +54,20 @@ def test_arms_share_the_phases_that_they_copy():
             assert all(getattr(cfg, field) == getattr(source, field) for field in kept), name
             assert cfg.phase in ("distill", "speak") or cfg.way == "gpt", name
             assert not source.start, name           # one copy, not a chain of them
+
+
+def test_arms_read_and_are_taught_as_much_as_their_names_say():
+    def read(cfg):
+        return cfg.pretrain_steps * cfg.batch_size
+
+    def taught(cfg):
+        return cfg.distill_steps * cfg.qa_batch_size
+    times = {"three times as long": 3, "reads 7 times as much": 7}
+    for name, cfg in facts.ARMS.items():
+        if cfg.pretrain_steps:
+            assert read(cfg) == next((n for words, n in times.items() if words in name), 1) * read(train.Config()), name
+        if "lever" not in name and "distill_steps" not in name:
+            assert taught(cfg) == (8 if "taught 8 times" in name else 1) * taught(train.Config()), name
 
 
 def test_only_levers_run_on_the_seeds_that_choose():
@@ -88,9 +102,11 @@ def test_an_arm_that_fails_stops_none_that_does_without_it(tmp_path, monkeypatch
         Path(cfg.out).mkdir(parents=True)
         return {}
     monkeypatch.setattr(facts, "measure", measure)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- facts -->\nmeasured\n<!-- /facts -->")
     with pytest.raises(RuntimeError, match="out of memory"):
-        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms="teacher gpt,echo=0"))
-    assert "echo=0_0" in ran
+        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms="teacher gpt,echo=0", table=str(page)))
+    assert "echo=0_0" in ran and "\nmeasured\n" in page.read_text()           # no page loses rows to a failure
 
 
 def test_a_teacher_from_outside_comes_last_and_without_its_file_the_rest_is_shown(tmp_path, monkeypatch, capsys):

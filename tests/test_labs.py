@@ -42,6 +42,18 @@ def test_rows_before_an_arm_that_fails_are_kept(tmp_path):
     assert json.loads((tmp_path / "lab" / "a_0" / "result.json").read_text())["score"] == 1.0
 
 
+def test_an_arm_that_fails_stops_no_other_is_named_and_ends_the_lab_with_its_error(tmp_path, capsys):
+    def measure(cfg):
+        if cfg.sigreg == ARMS["a"].sigreg:
+            raise RuntimeError("out of memory")
+        train.Path(cfg.out).mkdir(parents=True)
+        return {}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        arms.run_arms("lab", ARMS, flags(tmp_path, seeds=1), measure)
+    assert [row["arm"] for row in arms.results("lab", flags(tmp_path))] == ["b"]
+    assert "an arm failed: RuntimeError('out of memory')" in capsys.readouterr().out
+
+
 def test_arms_side_by_side_run_in_other_processes_and_one_that_fails_stops_no_other(tmp_path):
     with pytest.raises(ValueError, match="no"):
         arms.run_arms("lab", dict(b=ARMS["b"], a=ARMS["a"]), flags(tmp_path, jobs=2), toy.measure)
