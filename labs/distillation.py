@@ -2,7 +2,8 @@
 Large teaches small (T-JEPA v2.0): is the "world model quality" preserved, and what is the teacher worth?
 
     python -m labs.distillation                 3 seeds of each arm: 4 to 9 minutes of a core each; equal compute at a
-                                                quarter of the size half an hour, at a sixteenth 4 minutes of an H100
+                                                quarter of the size half an hour, at a sixteenth hours (3 and 4
+                                                minutes of an H100 that is shared by 18 runs)
     python -m labs.distillation --fast          does it run?
 
 The large T-JEPA is train.py's default. A medium student (a quarter of its encoder's parameters) and a small one (a
@@ -20,7 +21,8 @@ Students read 48 rows of text a step, 800 times, and 128 questions a step, 800 t
 the text, then a phase 2 of their own, taught by themselves. Where that is not so the name says it: twice the steps,
 thoughts only, equal compute, phase 1 first (800 steps of it before they are distilled). Equal compute: FLOPs
 of phases 1 and 2, the teacher's and what it reads for the student included; where these buy more than the student's
-own, they go into twice (small: eight times) the batch and the rest into steps. Large ones have 800 + 700 steps.
+own, they go into twice (small: eight times) the batch and the rest into steps; phase 3, which is not counted, then has
+such batches too. Large ones have 800 + 700 steps.
 Rates of students: `FASTER` times train.py's in phases 1 and 2 (imitation of text 1.5e-3 as phase 1, thoughts as phase
 2), from scratch as distilled. Tried on seed 9, medium: once and three times; three times had the better mean of probes,
 DEC and LAT in new phrasings (there is no other set of them) for both: from scratch .809 against .771, distilled .834

@@ -13,9 +13,12 @@ LAT; B makes it forget A, and replay cures that; the same-size GPT is better tha
 better at what was only read; a GPT that was told LAT facts as tokens is the ceiling.
 
 All arms are latents alone, the papers' T-JEPA (recipe=latent), but for those whose name says otherwise. They share
-facts, tokens, width, seeds and, but for the levers named so, steps and learning rates, which were chosen for
-recipe=latent. Arms that differ in phase 2 or 3 only share the phases before, of the same seed. The GPT reads the
+facts, tokens, width, seeds and, where their name does not say otherwise, steps and learning rates, which were chosen
+for recipe=latent. Arms that differ in phase 2 or 3 only share the phases before, of the same seed. The GPT reads the
 same rows in phase 1 and has the steps of phases 2 and 3 for the DEC questions, with as many question tokens dropped.
+"narrow" arms are the default at a quarter of its size, at three times the rates of phases 1 and 2; those that read or
+are taught more came after an arm of labs.distillation had said most TXT, and their GPT and masked LM after them.
+A teacher from outside is a file, vectors.npz, which the first page tells how to make; without it its arms fail, last.
 The levers ask what would lift held-out phrasings, of train.py's default, and of a teacher from outside: they run on
 seeds of their own (10, 11, ...), so that the seeds of all other tables choose nothing. The held-out phrasings are the
 same three, for there is no other set.

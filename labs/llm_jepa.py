@@ -3,7 +3,7 @@ LLM-JEPA on real pairs: does a latent term between two views help a language mod
 
     python data/nlrx/prepare.py                             the pairs: descriptions and regular expressions
     python -m labs.llm_jepa                                 the map, lambda x k, and with its best the rest: hours
-    python -m labs.llm_jepa --arms=square --seeds=5         more seeds of one group: map, square, ways or others
+    python -m labs.llm_jepa --arms=square --seeds=5         more seeds of a group, after map: square, ways, others
     python -m labs.llm_jepa --fast                          does it run?
 
 A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex. LLM-JEPA (2025) adds
