@@ -208,6 +208,7 @@ class Questions:
         tokens, lengths = self.tokens[asked], (self.tokens[asked] != self.pad).sum(1).cpu()                # (m, T), (m,)
 
         def draw():
+            """Which of them (n,), tokens (n, T)."""
             which = torch.randint(len(asked), (n,))
             longest, which = lengths[which].max(), which.to(tokens.device, non_blocking=True)
             return which, tokens[which, :longest]

@@ -546,11 +546,9 @@ def facts(flags):
         evaluate.draw_curves = lambda rows, phases, path: None          # it takes longer than all else then
     wanted = chosen(flags, arms)
     first = {name for arm in wanted for name in [arms[arm].start, *re.findall("{(.*?)}", arms[arm].teacher)] if name}
-    groups = list(first), [], []        # the last one's file may be missing
-    for name in wanted:
-        if name not in first:
-            groups[2 if arms[name].teacher == OUTSIDE else 1].append(name)
-    for names in filter(None, groups):
+    # the file of the last ones may be missing
+    rest = sorted((name for name in wanted if name not in first), key=lambda name: arms[name].teacher == OUTSIDE)
+    for names in filter(None, (list(first), rest)):
         try:
             run_arms("facts", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
         except FAILURES as error:       # it comes at the end: what does not hang on that arm runs and is shown
