@@ -1,0 +1,124 @@
+"""
+Why does energy lag behind words? Ways to close the gap of the cloze after 7M tokens of the facts world.
+
+    python -m labs.cloze --seeds=1 --jobs=2         each way once; with labs.pretraining's rows beside them
+    python -m labs.cloze --fast                     does it run?
+
+After 7M tokens a masked LM gives .975 of the held-out statements their own answer, train.py's default .908 by lowest
+energy, although its own words know .989 (`labs/pretraining.py`). Each arm here is that default with one thing changed,
+at its tokens, batches, steps and learning rate (2e-3, tuned for the default, not an arm); where more is computed in a
+step, the arm's comment says so. What is asked is what labs/pretraining.py asks, of the same statements: a way that
+was picked by them is picked on test, so its seed 0 does not count; other seeds do.
+
+Expected before the first run: fewer tokens masked helps most, because the cloze hides one answer and phase 1 a third of
+a text; then less SIGReg towards the end, for it blurs; targets of single tokens, of lower layers and InfoNCE hurt.
+"""
+import collections
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import evaluate
+import tjepa
+import train
+from labs import pretraining
+from labs.arms import main, publish, results, run_arms, table
+
+CONTROLS = ("masked LM", "default with half the masked LM")     # whose rows labs/pretraining.py has
+
+
+@dataclasses.dataclass
+class Config(pretraining.Config):
+    """An arm: a run of phase 1, and what of it is no flag of train.py."""
+    ends: dict = dataclasses.field(default_factory=dict)    # fields that move on a line, and what they are at the end
+    targets: str = "span"       # kinds of target; of several, joined by +, a step takes the mean loss
+    masks: int = 1              # so many masks of the rows of a step: the mean loss
+    lower: int = 0              # the target is made of the first so many layers, 0: of the last top_k
+
+DEFAULT = Config(phase="pretrain", eval_every=10 ** 9, pretrain_steps=pretraining.BUDGETS["7M"], pretrain_lr=2e-3,
+                 read="4")
+CHANGES = {
+    "default": {},
+    "a fifth masked": dict(mask_ratio=0.2),
+    "SIGReg 0.1": dict(sigreg=0.1),
+    "SIGReg to 0": dict(ends=dict(sigreg=0.0)),
+    "a quarter of the masked LM": dict(mlm=0.25),
+    "half-life 25 to 400": dict(ema_half_life=25, ends=dict(ema_half_life=400)),
+    "4-layer predictor": dict(pred_layer=4),
+    "lower layers": dict(lower=2, top_k=2),
+    "last two layers": dict(top_k=2),
+    "span and token targets": dict(targets="span+token"),       # twice the computation
+    "two masks": dict(masks=2),                                 # twice the computation
+    "InfoNCE": dict(loss="infonce"),
+    "VICReg to 0": dict(sigreg=0.0, vicreg=1.0, ends=dict(vicreg=0.0)),
+    "spans up to 16": dict(max_span=16),
+    "half masked": dict(mask_ratio=0.5),
+    "predictor of 256": dict(pred_embd=256),
+}
+ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
+COLUMNS = {"cloze": "cloze_all", "same length": "cloze_same", "by words": "cloze_tokens_all", "relation": "relation",
+           "continent": "continent", "kind": "kind", "mean of the probes": "probes"}
+
+
+def lower_target(model, n):
+    """Let the target be what the first n layers make of a text: the others are taken out while it is encoded."""
+    encode, whole = model.encode, model.target.blocks
+    def encode_lower(tokens, online=False):
+        """As `TJEPA.encode`."""
+        model.target.blocks = whole[:n]
+        try:
+            return encode(tokens, online)
+        finally:
+            model.target.blocks = whole
+    model.encode = encode_lower
+
+def changed(run):
+    """loss_at(progress) of an arm, for `train.fit`: that of `train.pretrain`, with the arm's changes."""
+    cfg, model = run.cfg, run.model
+    starts, ends, targets = {name: getattr(cfg, name) for name in cfg.ends}, cfg.ends, cfg.targets.split("+")
+    def loss_at(progress):
+        """Rows of text, drawn anew; the mean loss over targets and masks."""
+        for name, end in ends.items():
+            for config in cfg, model.cfg:       # `train.fit` asks the run's for tau, the losses ask the model's
+                setattr(config, name, starts[name] + progress * (end - starts[name]))
+        tokens = run.corpus.train.batch(cfg.batch_size).to(run.device)
+        total, sums = 0.0, collections.Counter()
+        for _ in range(cfg.masks):
+            spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)
+            for model.cfg.target in targets:
+                loss, stats = model.pretrain_loss(tokens, spans)
+                total = total + loss / (cfg.masks * len(targets))
+                sums.update({name: value / (cfg.masks * len(targets)) for name, value in stats.items()})
+        model.cfg.target = targets[0]
+        return total, dict(sums)
+    return loss_at
+
+def measure(cfg):
+    """Train an arm and judge it: a dict of figures."""
+    cfg = dataclasses.replace(cfg)      # `ends` moves its fields
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    run, _ = pretraining.open_arm(cfg)
+    if cfg.lower:
+        lower_target(run.model, cfg.lower)
+    train.fit(run, "pretrain", changed(run), lambda whole: {}, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
+    torch.save(run.model.state_dict(), Path(cfg.out) / pretraining.WEIGHTS)
+    probes = {name: probe.thinned(cfg.stride) if cfg.stride > 1 else probe
+              for name, probe in pretraining.facts_probes(run.corpus).items()}
+    return pretraining.judge(run, probes)
+
+def cloze(flags):
+    """Run the arms and write the table; rows of labs/pretraining.py stand above, if they are in --out."""
+    arms = ARMS
+    if flags.fast:
+        flags = dataclasses.replace(flags, seeds=1)
+        arms = {name: dataclasses.replace(cfg, pretrain_steps=2, n_embd=32, pred_embd=16, batch_size=8, stride=25)
+                for name, cfg in ARMS.items()}
+    own = run_arms("cloze", arms, flags, measure)
+    beside = {f"facts 7M {name}": name for name in CONTROLS}
+    rows = [row | dict(arm=beside[row["arm"]]) for row in results("pretraining", flags) if row["arm"] in beside] + own
+    publish("cloze", rows, table(rows, [*CONTROLS, *arms], COLUMNS), flags.table)
+
+
+if __name__ == "__main__":
+    main(cloze)
