@@ -18,6 +18,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import evaluate
 import tjepa
@@ -57,9 +58,37 @@ CHANGES = {
     "predictor of 256": dict(pred_embd=256),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
-COLUMNS = {"cloze": "cloze_all", "same length": "cloze_same", "by words": "cloze_tokens_all", "relation": "relation",
-           "continent": "continent", "kind": "kind", "mean of the probes": "probes"}
+COLUMNS = {"cloze": "cloze_all", "calibrated": "calibrated_all", "same length": "cloze_same",
+           "by words": "cloze_tokens_all", "relation": "relation", "continent": "continent", "kind": "kind",
+           "mean of the probes": "probes"}
 
+
+class Calibrated:
+    """A T-JEPA whose energies are told in units of what is usual, in held-out text, for a gap of as many tokens: the
+    latent of one token is missed by twice as much as the mean of five, so that short answers lose to long ones."""
+    def __init__(self, run):
+        self.cfg, self.model, self.unit = run.model.cfg, run.model, {}
+        torch.manual_seed(0)
+        self.text = run.corpus.val.batch(512).to(run.device)                                            # (B, T)
+
+    def usual(self, n):
+        """Mean energy of what really stands in a gap of n tokens, whole words, one drawn in each text that has one."""
+        tokens, pad, T = self.text, self.cfg.pad, self.text.size(1)
+        begins = F.pad(self.model.word_start[tokens] | (tokens == pad), (0, 1), value=True)             # (B, T+1)
+        fits = begins[:, :T + 1 - n] & begins[:, n:] & (tokens != pad)[:, n - 1:]                       # (B, T+1-n)
+        tokens, fits = tokens[fits.any(1)], fits[fits.any(1)]                                           # (b, T)
+        torch.manual_seed(n)
+        start, t = fits.float().multinomial(1), torch.arange(T, device=tokens.device)                   # (b, 1), (T,)
+        spans = torch.where((t >= start) & (t < start + n), 0, self.cfg.max_spans)                      # (b, T)
+        return self.model.energy(tokens, spans).mean().item()
+
+    @torch.no_grad()
+    def energy(self, tokens, spans):
+        """As `TJEPA.energy`: tokens, spans (B, T) -> (B,), 1 where the words fit as well as usual."""
+        lengths = (spans < self.cfg.max_spans).sum(1).tolist()
+        for n in {*lengths} - {*self.unit}:
+            self.unit[n] = self.usual(n)
+        return self.model.energy(tokens, spans) / torch.tensor([self.unit[n] for n in lengths], device=tokens.device)
 
 def lower_target(model, n):
     """Let the target be what the first n layers make of a text: the others are taken out while it is encoded."""
@@ -103,9 +132,14 @@ def measure(cfg):
         lower_target(run.model, cfg.lower)
     train.fit(run, "pretrain", changed(run), lambda whole: {}, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
     torch.save(run.model.state_dict(), Path(cfg.out) / pretraining.WEIGHTS)
-    probes = {name: probe.thinned(cfg.stride) if cfg.stride > 1 else probe
+    return judge(run)
+
+def judge(run):
+    """The figures of a run as it stands: those of labs/pretraining.py, and the cloze by calibrated energies."""
+    probes = {name: probe.thinned(run.cfg.stride) if run.cfg.stride > 1 else probe
               for name, probe in pretraining.facts_probes(run.corpus).items()}
-    return pretraining.judge(run, probes)
+    by = pretraining.cloze(run._replace(model=Calibrated(run)))
+    return pretraining.judge(run, probes) | {f"calibrated_{figure}": value for figure, value in by.items()}
 
 def cloze(flags):
     """Run the arms and write the table; rows of labs/pretraining.py stand above, if they are in --out."""

@@ -1,0 +1,144 @@
+"""The cloze lab: each arm does what its name says, and all that it is not named for is the default's."""
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import data
+import tjepa
+from labs import cloze, pretraining
+from labs.cloze import ARMS, DEFAULT, Config
+
+SMALL = dict(n_embd=32, n_layer=3, n_head=2, pred_embd=16, top_k=2, batch_size=4, dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def corpus():
+    """The facts, read once for all tests here."""
+    patch, facts = pytest.MonkeyPatch(), data.load(Config())
+    patch.setattr(data, "load", lambda cfg, tokenizer=None: facts)
+    yield facts
+    patch.undo()
+
+def opened(tmp_path, **changes):
+    """A small run of an arm before its first step."""
+    return pretraining.open_arm(Config(**SMALL | changes, out=str(tmp_path)))[0]
+
+def loss(run, seed=3, progress=0.0):
+    """The loss of one step of an arm, and what it reports."""
+    torch.manual_seed(seed)
+    return cloze.changed(run)(progress)
+
+
+def test_without_a_change_a_step_is_that_of_train_py(tmp_path):
+    run, loss_at = pretraining.open_arm(Config(**SMALL, out=str(tmp_path)))
+    torch.manual_seed(3)
+    theirs, stats = loss_at(0.0)
+    ours, same = loss(run)
+    assert torch.equal(ours, theirs) and stats.keys() == same.keys()
+
+
+def test_a_step_of_two_targets_has_the_mean_loss_of_both(tmp_path):
+    span, token, both = (loss(opened(tmp_path, **change))[1]["latent"] for change in (
+        dict(targets="span"), dict(targets="token"), dict(targets="span+token")))
+    assert both == pytest.approx((span + token) / 2) and span != token
+    run = opened(tmp_path, targets="span+token")
+    loss(run)
+    assert run.model.cfg.target == "span"           # what energies are asked by
+
+
+def test_two_masks_hide_different_words_of_the_same_rows(tmp_path, monkeypatch):
+    seen, real = [], tjepa.TJEPA.pretrain_loss
+    def spy(self, tokens, spans):
+        seen.append((tokens, spans, real(self, tokens, spans)))
+        return seen[-1][2]
+    monkeypatch.setattr(tjepa.TJEPA, "pretrain_loss", spy)
+    total, _ = loss(opened(tmp_path, masks=2))
+    (rows, first, one), (same, second, two) = seen
+    assert torch.equal(rows, same) and not torch.equal(first, second)
+    assert total.item() == pytest.approx((one[0] + two[0]).item() / 2)
+
+
+def test_a_field_moves_on_a_line_to_its_end_and_tau_with_it(tmp_path):
+    run = opened(tmp_path, ema_half_life=25, ends=dict(sigreg=0.0, ema_half_life=400))
+    step = cloze.changed(run)
+    for progress, pull, half_life in (0.0, 1.0, 25), (0.5, 0.5, 212.5), (1.0, 0.0, 400):
+        step(progress)
+        assert (run.model.cfg.sigreg, run.cfg.ema_half_life) == (pull, half_life)
+        assert run.cfg.tau == pytest.approx(0.5 ** (1 / half_life))
+
+
+def test_a_lower_target_has_not_read_the_layers_above(tmp_path):
+    run = opened(tmp_path, lower=2)
+    tokens = run.corpus.train.batch(4)
+    whole = run.model.encode(tokens)
+    cloze.lower_target(run.model, 2)
+    low = run.model.encode(tokens)
+    with torch.no_grad():
+        run.model.target.blocks[2].mlp[2].weight.add_(1.0)
+    assert torch.equal(run.model.encode(tokens), low) and not torch.allclose(low, whole)
+    with torch.no_grad():
+        run.model.target.blocks[1].mlp[2].weight.add_(1.0)
+    assert not torch.allclose(run.model.encode(tokens), low)
+    assert len(run.model.target.blocks) == 3            # the average of weights needs all of them
+
+
+class ByLength:
+    """A model whose energies say nothing but how long a gap is."""
+    def __init__(self, run):
+        self.cfg, self.word_start, self.seen = run.model.cfg, run.model.word_start, []
+
+    def energy(self, tokens, spans):
+        """(B,): 3 for each token of the gap."""
+        self.seen.append((tokens, spans < self.cfg.max_spans))
+        return 3.0 * self.seen[-1][1].sum(1)
+
+
+def test_a_calibrated_energy_is_1_where_a_gap_fits_as_well_as_others_of_its_length(tmp_path):
+    run = opened(tmp_path)
+    model = ByLength(run)
+    calibrated = cloze.Calibrated(run._replace(model=model))
+    tokens, spans = run.corpus.val.batch(3), torch.full((3, 64), run.model.cfg.max_spans)
+    for row, n in enumerate((1, 2, 5)):
+        spans[row, 3:3 + n] = 0
+    assert model.energy(tokens, spans).tolist() == [3, 6, 15]
+    assert calibrated.energy(tokens, spans).tolist() == [1, 1, 1]
+    assert calibrated.energy(tokens, spans).tolist() == [1, 1, 1] and len(model.seen) == 1 + 3 + 2     # looked up once
+
+
+def test_what_is_usual_is_asked_of_held_out_text_with_gaps_of_whole_words(tmp_path):
+    run = opened(tmp_path)
+    model = ByLength(run)
+    calibrated = cloze.Calibrated(run._replace(model=model))
+    for n in (1, 3, 14):
+        assert calibrated.usual(n) == 3 * n
+        tokens, gap = model.seen[-1]
+        assert (gap.sum(1) == n).all() and (tokens[gap] != model.cfg.pad).all() and len(tokens) > 100
+        after = torch.cat((tokens, torch.full_like(tokens[:, :1], model.cfg.pad)), dim=1)
+        first = gap.int().argmax(1, keepdim=True)
+        for place in first, first + n:                              # where it begins, and what stands behind it
+            words = after.gather(1, place).flatten()
+            assert (model.word_start[words] | (words == model.cfg.pad)).all()
+        assert (gap.int().diff().abs().sum(1) <= 2).all() and len(first.unique()) > 10      # in one piece, anywhere
+
+
+def test_an_arm_changes_what_it_is_named_for_and_nothing_else(tmp_path):
+    for name, cfg in ARMS.items():
+        other = {field for field, value in dataclasses.asdict(cfg).items() if value != getattr(DEFAULT, field)}
+        assert other == set(cloze.CHANGES[name]), name
+        assert not other & {"pretrain_steps", "pretrain_lr", "batch_size", "n_embd", "n_layer", "mlm"} or name == (
+            "a quarter of the masked LM"), name
+    assert len({json.dumps(change) for change in cloze.CHANGES.values()}) == len(ARMS)
+
+
+def test_an_arm_from_its_first_step_to_its_row_which_says_what_was_asked_for(tmp_path, monkeypatch):
+    cfg = Config(**SMALL, out=str(tmp_path), stride=25, pretrain_steps=2, read="1", ends=dict(sigreg=0.0), lower=1)
+    before, pulls, real = copy.deepcopy(cfg), [], tjepa.TJEPA.pretrain_loss
+    monkeypatch.setattr(tjepa.TJEPA, "pretrain_loss",
+                        lambda model, *batch: pulls.append(model.cfg.sigreg) or real(model, *batch))
+    row = cloze.measure(cfg)
+    assert cfg == before and pulls == [1.0, 0.5]        # `ends` has moved, but not in the arm that is written down
+    assert set(cloze.COLUMNS.values()) <= row.keys() and json.dumps(row)
+    assert (tmp_path / pretraining.WEIGHTS).exists()
