@@ -46,16 +46,14 @@ CHANGES = {
     "SIGReg to 0": dict(ends=dict(sigreg=0.0)),
     "a quarter of the masked LM": dict(mlm=0.25),
     "half-life 25 to 400": dict(ema_half_life=25, ends=dict(ema_half_life=400)),
+    "SIGReg to 0 and half-life 25 to 400": dict(ema_half_life=25, ends=dict(sigreg=0.0, ema_half_life=400)),
     "4-layer predictor": dict(pred_layer=4),
     "lower layers": dict(lower=2, top_k=2),
-    "last two layers": dict(top_k=2),
     "span and token targets": dict(targets="span+token"),       # twice the computation
     "two masks": dict(masks=2),                                 # twice the computation
     "InfoNCE": dict(loss="infonce"),
     "VICReg to 0": dict(sigreg=0.0, vicreg=1.0, ends=dict(vicreg=0.0)),
     "spans up to 16": dict(max_span=16),
-    "half masked": dict(mask_ratio=0.5),
-    "predictor of 256": dict(pred_embd=256),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
 COLUMNS = {"cloze": "cloze_all", "calibrated": "calibrated_all", "same length": "cloze_same",
