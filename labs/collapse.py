@@ -112,21 +112,27 @@ def verdicts(rows, arms):
     if not control:
         return "The health word is judged beside the arm random-init encoder, which was not run."
     random = statistics.mean(control)
-    derive, count = {True: [], False: []}, Counter()
+    def spread(row):
+        """What the health word looks at."""
+        return row["std"] * row["share"]
+    derive, others = {True: [], False: []}, []      # spreads of worthy and worthless runs; (row, worthy)
     for row in rows:
         if row["arm"] in jepas:
             worth = row["r1_LAT_heldout"] > 1.2 * random
             if row["seed"] == 0 and jepas.index(row["arm"]) % 2 == 1:
-                derive[worth].append(row["std"] * row["share"])
+                derive[worth].append(spread(row))
             if row["seed"] > 0:
-                count[tjepa.health_word(row), worth] += 1
+                others.append((row, worth))
+    low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
+    count = Counter((tjepa.health_word(row), worth) for row, worth in others)
     confusion = markdown([["health word, on seeds not used to derive it", "phase 1 was worth something", "it was not"],
                           *([word, str(count[word, True]), str(count[word, False])]
                             for word in ("healthy", "shrinking", "collapsed"))])
     right = count["healthy", True] + count["collapsed", False]
-    low, high = max(derive[False], default=math.nan), min(derive[True], default=math.nan)
-    return (f"{confusion}\n\nRight: {right} of {count.total()}. Derived: collapsed up to a spread (std * rank / bound) "
-            f"of {low:.3f}, healthy from {high:.3f}, shrinking between. R@1 of random-init: {random:.3f}.")
+    anew = sum(spread(row) >= high if worth else spread(row) <= low and spread(row) < high for row, worth in others)
+    return (f"{confusion}\n\nRight: {right} of {len(others)}. Derived: collapsed up to a spread (std * rank / bound) "
+            f"of {low:.3f}, healthy from {high:.3f}, shrinking between: {anew} of {len(others)} would be right. "
+            f"R@1 of random-init: {random:.3f}.")
 
 def curve(folder, arm, seeds, name):
     """(steps, means over seeds) of a column of metrics.csv in phase 1."""
