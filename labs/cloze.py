@@ -47,6 +47,7 @@ CHANGES = {
     "a quarter of the masked LM": dict(mlm=0.25),
     "half-life 25 to 400": dict(ema_half_life=25, ends=dict(ema_half_life=400)),
     "SIGReg to 0 and half-life 25 to 400": dict(ema_half_life=25, ends=dict(sigreg=0.0, ema_half_life=400)),
+    "SIGReg to 0 and masked LM to a quarter": dict(ends=dict(sigreg=0.0, mlm=0.25)),
     "4-layer predictor": dict(pred_layer=4),
     "lower layers": dict(lower=2, top_k=2),
     "span and token targets": dict(targets="span+token"),       # twice the computation
