@@ -85,6 +85,25 @@ def test_a_lower_target_has_not_read_the_layers_above(tmp_path):
     assert len(run.model.target.blocks) == 3            # the average of weights needs all of them
 
 
+def test_an_angle_does_not_see_how_long_a_guess_is_and_the_distance_does(tmp_path, monkeypatch):
+    run, real = opened(tmp_path), tjepa.TJEPA.predict
+    tokens = run.corpus.val.batch(8)
+    spans = torch.where(torch.arange(64) // 4 == 1, 0, run.model.cfg.max_spans).expand(8, 64)
+    by = dict(angle=cloze.Angle(run.model), distance=run.model)
+    before = {name: model.energy(tokens, spans) for name, model in by.items()}
+    p = run.model.predict(tokens, spans, 4)
+    cosine = (p.spans[:, 0] * p.target[:, 0]).sum(1) / p.spans[:, 0].norm(dim=1) / p.target[:, 0].norm(dim=1)
+    assert torch.allclose(before["angle"], 1 - cosine, atol=1e-5)
+
+    def longer(model, *asked):
+        p = real(model, *asked)
+        return p._replace(spans=3 * p.spans)
+    monkeypatch.setattr(tjepa.TJEPA, "predict", longer)
+    after = {name: model.energy(tokens, spans) for name, model in by.items()}
+    assert torch.allclose(after["angle"], before["angle"], atol=1e-5)
+    assert not torch.allclose(after["distance"], before["distance"], atol=1e-2)
+
+
 class ByLength:
     """A model whose energies say nothing but how long a gap is."""
     def __init__(self, run):
