@@ -58,9 +58,9 @@ CHANGES = {
     "spans up to 16": dict(max_span=16),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
-COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all", "by words": "cloze_tokens_all",
-           "same length": "cloze_same", "same length by angle": "angle_same", "relation": "relation",
-           "continent": "continent", "kind": "kind", "mean of the probes": "probes"}
+COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all",
+           "by words": "cloze_tokens_all", "same length": "cloze_same", "same length by angle": "angle_same",
+           "relation": "relation", "continent": "continent", "kind": "kind", "mean of the probes": "probes"}
 
 
 class Angle:
