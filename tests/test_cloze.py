@@ -79,6 +79,12 @@ def test_a_lower_target_has_not_read_the_layers_above(tmp_path):
     with torch.no_grad():
         run.model.target.blocks[2].mlp[2].weight.add_(1.0)
     assert torch.equal(run.model.encode(tokens), low) and not torch.allclose(low, whole)
+    torch.manual_seed(0)
+    spans = tjepa.sample_spans(tokens, run.model.word_start, run.model.cfg)
+    target = run.model.predict(tokens, spans).target
+    with torch.no_grad():
+        run.model.target.blocks[2].mlp[2].weight.add_(1.0)
+    assert torch.equal(run.model.predict(tokens, spans).target, target)         # what the loss pulls to
     with torch.no_grad():
         run.model.target.blocks[1].mlp[2].weight.add_(1.0)
     assert not torch.allclose(run.model.encode(tokens), low)
@@ -127,10 +133,12 @@ def test_a_calibrated_energy_is_1_where_a_gap_fits_as_well_as_others_of_its_leng
     assert calibrated.energy(tokens, spans).tolist() == [1, 1, 1] and len(model.seen) == 1 + 3 + 2     # looked up once
 
 
-def test_what_is_usual_is_asked_of_held_out_text_with_gaps_of_whole_words(tmp_path):
-    run = opened(tmp_path)
+def test_what_is_usual_is_asked_of_the_text_that_was_read_with_gaps_of_whole_words(tmp_path, monkeypatch):
+    run, drawn, batch = opened(tmp_path), [], data.Text.batch
+    monkeypatch.setattr(data.Text, "batch", lambda text, n: drawn.append(text) or batch(text, n))
     model = ByLength(run)
     calibrated = cloze.Calibrated(run._replace(model=model))
+    assert len(drawn) == 1 and drawn[0] is run.corpus.train     # held-out text is the cloze's own statements
     for n in (1, 3, 14):
         assert calibrated.usual(n) == 3 * n
         tokens, gap = model.seen[-1]
@@ -150,6 +158,10 @@ def test_an_arm_changes_what_it_is_named_for_and_nothing_else(tmp_path):
         assert not other & {"pretrain_steps", "pretrain_lr", "batch_size", "n_embd", "n_layer", "mlm"} or name == (
             "a quarter of the masked LM"), name
     assert len({json.dumps(change) for change in cloze.CHANGES.values()}) == len(ARMS)
+    facts = dict(arm="facts default lr=0.002", lr=2e-3, dev_4=0.5)
+    theirs = dataclasses.asdict(pretraining.finals({"facts": {}}, ["default"], ["7M"], [facts])["facts 7M default"])
+    ours = {field: value for field, value in dataclasses.asdict(DEFAULT).items() if field in theirs}
+    assert ours | dict(eval_every=0) == theirs | dict(eval_every=0)         # labs.pretraining's, but for when it looks
 
 
 def test_an_arm_from_its_first_step_to_its_row_which_says_what_was_asked_for(tmp_path, monkeypatch):
@@ -157,7 +169,25 @@ def test_an_arm_from_its_first_step_to_its_row_which_says_what_was_asked_for(tmp
     before, pulls, real = copy.deepcopy(cfg), [], tjepa.TJEPA.pretrain_loss
     monkeypatch.setattr(tjepa.TJEPA, "pretrain_loss",
                         lambda model, *batch: pulls.append(model.cfg.sigreg) or real(model, *batch))
+    lowered, lower = [], cloze.lower_target
+    monkeypatch.setattr(cloze, "lower_target", lambda model, n: lowered.append(n) or lower(model, n))
     row = cloze.measure(cfg)
-    assert cfg == before and pulls == [1.0, 0.5]        # `ends` has moved, but not in the arm that is written down
+    assert lowered == [1] and cfg == before and pulls == [1.0, 0.5]    # the arm that is written down has not moved
     assert set(cloze.COLUMNS.values()) <= row.keys() and json.dumps(row)
-    assert (tmp_path / pretraining.WEIGHTS).exists()
+
+
+def test_seeds_by_which_ways_were_picked_stand_apart_and_controls_keep_their_own_words():
+    figures = dict(cloze_all=0.9, cloze_tokens_all=0.8)
+    theirs = [dict(arm=f"facts 7M {arm}", seed=seed) | figures for arm in ("masked LM", "default", "GPT")
+              for seed in (0, 1)]
+    assert cloze.CONTROLS.keys() <= pretraining.finals(
+        {"facts": {}}, ["masked LM", "default"], ["7M"],
+        [dict(arm=f"facts {arm} lr=0.002", lr=2e-3, dev_4=0.5) for arm in ("masked LM", "default")]).keys()
+    first, others = cloze.tables(cloze.beside(theirs) + [dict(arm="InfoNCE", seed=0) | figures,
+                                                         dict(arm="InfoNCE", seed=2, cloze_all=0.7)]
+                                 ).split("Other seeds")
+    assert "| InfoNCE | 0.900 (1 seed)" in first and "| InfoNCE | 0.700 (1 seed)" in others
+    for text in (first, others):
+        masked, = [line for line in text.splitlines() if line.startswith("| masked LM, of labs.pretraining")]
+        assert "0.900 (1 seed)" in masked and "0.800" not in masked and "GPT" not in text
+        assert "| default, of labs.pretraining | 0.900 (1 seed)" in text and "0.800 (1 seed)" in text
