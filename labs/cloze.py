@@ -62,7 +62,6 @@ CHANGES = {
     "span and token targets": dict(targets="span+token"),       # twice the computation
     "two masks": dict(masks=2),                                 # twice the computation
     "InfoNCE": dict(loss="infonce"),
-    "spans up to 16": dict(max_span=16),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
 COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all",
@@ -173,8 +172,8 @@ def tables(rows):
     by, of those that have any."""
     names = [*CONTROLS.values(), *ARMS]
     first, others = ([row for row in rows if (row["seed"] == 0) == chosen] for chosen in (True, False))
-    return "\n\n".join(("Seed 0:", table(first, names, COLUMNS),
-                        "Other seeds, by which nothing was picked:", table(others, names, COLUMNS)))
+    titled = {"Seed 0": first, "Other seeds, by which nothing was picked": others}
+    return "\n\n".join(f"{title}:\n\n{table(some, names, COLUMNS)}" for title, some in titled.items() if some)
 
 def cloze(flags):
     """Run the arms and write the tables."""
