@@ -62,6 +62,7 @@ CHANGES = {
     "span and token targets": dict(targets="span+token"),       # twice the computation
     "two masks": dict(masks=2),                                 # twice the computation
     "InfoNCE": dict(loss="infonce"),
+    "spans up to 16": dict(max_span=16),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
 COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all",
