@@ -169,11 +169,12 @@ def beside(rows):
             | dict(arm=CONTROLS[row["arm"]]) for row in rows if row["arm"] in CONTROLS]
 
 def tables(rows):
-    """Both tables as markdown: seed 0 of all arms, by which ways were picked, and the seeds that nothing was picked
-    by, of those that have any."""
-    names = [*CONTROLS.values(), *ARMS]
-    first, others = ([row for row in rows if (row["seed"] == 0) == chosen] for chosen in (True, False))
-    titled = {"Seed 0": first, "Other seeds, by which nothing was picked": others}
+    """All tables as markdown: seed 0 of all arms, by which ways were picked, the seeds that nothing was picked by, and
+    all seeds together, of arms that have three."""
+    names, seeds = [*CONTROLS.values(), *ARMS], collections.Counter(row["arm"] for row in rows)
+    titled = {"Seed 0": [row for row in rows if row["seed"] == 0],
+              "Other seeds, by which nothing was picked": [row for row in rows if row["seed"] > 0],
+              "All seeds, of arms that have three": [row for row in rows if seeds[row["arm"]] > 2]}
     return "\n\n".join(f"{title}:\n\n{table(some, names, COLUMNS)}" for title, some in titled.items() if some)
 
 def cloze(flags):

@@ -183,11 +183,13 @@ def test_seeds_by_which_ways_were_picked_stand_apart_and_controls_keep_their_own
     assert cloze.CONTROLS.keys() <= pretraining.finals(
         {"facts": {}}, ["masked LM", "default"], ["7M"],
         [dict(arm=f"facts {arm} lr=0.002", lr=2e-3, dev_4=0.5) for arm in ("masked LM", "default")]).keys()
-    first, others = cloze.tables(cloze.beside(theirs) + [dict(arm="InfoNCE", seed=0) | figures,
-                                                         dict(arm="InfoNCE", seed=2, cloze_all=0.7)]
-                                 ).split("Other seeds")
+    rows = cloze.beside(theirs) + [dict(arm="InfoNCE", seed=0) | figures, dict(arm="InfoNCE", seed=2, cloze_all=0.7)]
+    first, others = cloze.tables(rows).split("Other seeds")
     assert "| InfoNCE | 0.900 (1 seed)" in first and "| InfoNCE | 0.700 (1 seed)" in others
     for text in (first, others):
         masked, = [line for line in text.splitlines() if line.startswith("| masked LM, of labs.pretraining")]
         assert "0.900 (1 seed)" in masked and "0.800" not in masked and "GPT" not in text
         assert "| default, of labs.pretraining | 0.900 (1 seed)" in text and "0.800 (1 seed)" in text
+    assert "All seeds" not in others            # no arm has three
+    together = cloze.tables(rows + [dict(arm="InfoNCE", seed=1, cloze_all=0.8)]).split("All seeds")[1]
+    assert "| InfoNCE | 0.800 ± 0.100 |" in together and "labs.pretraining" not in together
