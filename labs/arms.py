@@ -27,7 +27,7 @@ class Flags:
     arms: str = ""              # only these arms, comma separated: so that two processes can share the work
     out: str = "out/labs"       # folder of the results, one a lab; an arm whose result lies there is not run again
     redo: bool = False          # run every arm again
-    jobs: int = 1               # so many arms at once, each in a process of its own: set OMP_NUM_THREADS=1
+    jobs: int = 1               # so many arms at once, each in a process of its own, with its share of the threads
     fast: bool = False          # a few steps of everything: does it run? The figures mean nothing
     table: str = ""             # write the table into this file, between its markers, instead of only printing it
 
@@ -76,7 +76,8 @@ def finish(todo, jobs):
     if jobs == 1:
         yield from filter(None, (name_of(partial(run_arm, *one)) for one in todo))
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        threads = max(1, torch.get_num_threads() // jobs)       # else those of all arms contend for the same cores
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
             runs = as_completed([pool.submit(run_arm, *one) for one in todo])
             yield from filter(None, (name_of(run.result) for run in runs))
     if failed:

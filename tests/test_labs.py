@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 import train
 from labs import arms, collapse
@@ -60,6 +61,17 @@ def test_arms_side_by_side_run_in_other_processes_and_one_that_fails_stops_no_ot
     rows = arms.run_arms("lab", ARMS, flags(tmp_path, arms="a"), None)                  # all from the disk
     assert [(row["arm"], row["seed"], row["score"]) for row in rows] == [("a", 0, 0), ("a", 1, 1)]
     assert os.getpid() not in {row["process"] for row in rows}
+
+
+def test_arms_side_by_side_share_the_threads(tmp_path):
+    """Two processes of two threads each on two cores were measured: ten minutes for what takes three."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        rows = arms.run_arms("lab", dict(a=ARMS["a"]), flags(tmp_path, jobs=2), toy.measure)
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["threads"] for row in rows] == [3, 3]
 
 
 def test_an_unknown_arm_names_those_that_there_are(tmp_path):

@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 PAIRS = [(f"What is the colour of the {thing}?", colour) for thing, colour in zip(
     "moss rose lake snow coal plum corn clay rust foam wine sand".split(),
     "green red blue white black purple yellow brown orange grey crimson beige".split())]
@@ -25,7 +27,7 @@ def measure(cfg):
     if cfg.sigreg == 0:
         raise ValueError("no")
     Path(cfg.out).mkdir(parents=True)
-    return dict(score=cfg.seed, process=os.getpid())
+    return dict(score=cfg.seed, process=os.getpid(), threads=torch.get_num_threads())
 
 
 # descriptions of one length do not end in one step
