@@ -176,6 +176,11 @@ def text_probes():
         raise ValueError(f"{FOLDER / 'probes'} holds no probe: run `python data/probes/prepare.py` first")
     return found
 
+def probes_of(run):
+    """The probes of the world that a run has read, name -> `Probe`."""
+    every, k = facts_probes(run.corpus) if run.cfg.data == "facts" else text_probes(), run.cfg.stride
+    return {name: probe.thinned(k) if k > 1 else probe for name, probe in every.items()}
+
 class Reading(NamedTuple):
     """A model with its latents read in one way: what `features` asks for."""
     cfg: tjepa.Config
@@ -306,9 +311,7 @@ def measure(cfg):
     """Train an arm and judge it: a dict of figures; curve is a list of them, one a look, with the tokens read."""
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     run, loss_at = open_arm(cfg)
-    every = facts_probes(run.corpus) if cfg.data == "facts" else text_probes()
-    probes = {name: probe.thinned(cfg.stride) if cfg.stride > 1 else probe for name, probe in every.items()}
-    curve, calls = [], iter(range(10 ** 9))
+    probes, curve, calls = probes_of(run), [], iter(range(10 ** 9))
     def look(whole):
         """Measure if it is time to: `train.fit` calls this at step 0, every eval_every steps and at the end."""
         if (call := next(calls)) in LOOKS or whole:
