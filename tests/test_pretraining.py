@@ -265,6 +265,18 @@ def test_what_tuning_has_trained_is_judged_and_not_trained_again(tmp_path, monke
         pretraining.measure(dataclasses.replace(cfg, tuned=tuned, seed=1))
 
 
+def test_a_run_is_judged_by_the_probes_of_its_world_and_a_quick_look_takes_fewer_texts(corpus, monkeypatch):
+    rows = torch.tensor([True, False, True, False])
+    monkeypatch.setattr(pretraining, "text_probes", lambda: dict(trec=Probe(list("abcd"), list("xyxy"), [(rows,) * 3])))
+    def asked(**changes):
+        return pretraining.probes_of(train.Run(Config(**changes), None, corpus, "cpu", None))
+    whole, few = asked(), asked(stride=25)
+    assert whole.keys() == set(pretraining.PROBES["facts"])
+    assert all(few[name].texts == whole[name].texts[::25] for name in whole)
+    assert asked(data="glosses.txt")["trec"].texts == list("abcd")
+    assert asked(data="glosses.txt", stride=2)["trec"].texts == list("ac")
+
+
 def test_a_long_run_is_measured_at_its_eighth_quarter_half_and_end(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "judge", lambda run, probes: dict(probes=0.0))
     cfg = Config(**SMALL, out=str(tmp_path), pretrain_steps=8, eval_every=1, read="1")
