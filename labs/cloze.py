@@ -35,6 +35,7 @@ import tjepa
 import train
 from labs import pretraining
 from labs.arms import main, publish, results, run_arms, table
+from labs.controls import MASKED_LM
 
 # arms of labs.pretraining, and their names here
 CONTROLS = {f"facts 7M {arm}": f"{arm}, of labs.pretraining" for arm in ("masked LM", "default")}
@@ -55,12 +56,15 @@ CHANGES = {
     "a fifth masked": dict(mask_ratio=0.2),                     # the online encoder reads a quarter more
     "SIGReg 0.1": dict(sigreg=0.1),
     "SIGReg to 0": dict(ends=dict(sigreg=0.0)),
+    "VICReg to 0": dict(sigreg=0.0, vicreg=1.0, ends=dict(vicreg=0.0)),
     "a quarter of the masked LM": dict(mlm=0.25),
     "half-life 25 to 400": dict(ema_half_life=25, ends=dict(ema_half_life=400)),
     "4-layer predictor": dict(pred_layer=4),                    # twice the predictor
+    "wider predictor": dict(pred_embd=256),                     # four times its weights
     "lower layers": dict(lower=2, top_k=2),                     # of two layers, not of four
     "span and token targets": dict(targets="span+token"),       # twice the computation
-    "two masks": dict(masks=2),                                 # twice the computation
+    "two masks": dict(masks=2),                                 # twice the computation, and so
+    "masked LM of two masks": MASKED_LM | dict(masks=2),        # its control: a masked LM that does the same
     "InfoNCE": dict(loss="infonce"),
     "spans up to 16": dict(max_span=16),
 }
@@ -155,15 +159,21 @@ def measure(cfg):
 
 def judge(run):
     """The figures of a run as it stands: those of labs/pretraining.py, and the cloze asked in two more ways."""
-    return pretraining.judge(run, pretraining.probes_of(run)) | {
+    found = pretraining.judge(run, pretraining.probes_of(run))
+    if run.cfg.loss == "none":
+        return without_sums(found)      # a masked LM has no energy
+    return found | {
         f"{name}_{figure}": value for name, model in dict(angle=Angle(run.model), calibrated=Calibrated(run)).items()
         for figure, value in pretraining.cloze(run._replace(model=model)).items()}
 
+def without_sums(row):
+    """Figures of a masked LM, which is asked by words already: its other cloze, by sums, is left out."""
+    return {name: value for name, value in row.items() if "tokens" not in name}
+
 def beside(rows):
-    """Rows of labs/pretraining.py that are controls here, under their names here. The masked LM is asked by words
-    already: its other cloze, by sums, is left out."""
-    return [{name: value for name, value in row.items() if "masked" not in row["arm"] or "tokens" not in name}
-            | dict(arm=CONTROLS[row["arm"]]) for row in rows if row["arm"] in CONTROLS]
+    """Rows of labs/pretraining.py that are controls here, under their names here."""
+    return [(without_sums(row) if "masked" in row["arm"] else row) | dict(arm=CONTROLS[row["arm"]])
+            for row in rows if row["arm"] in CONTROLS]
 
 def tables(rows):
     """All tables as markdown: seed 0 of all arms, by which ways were picked, the seeds that nothing was picked by, and
