@@ -24,6 +24,7 @@ a text; then less SIGReg towards the end, for it blurs; targets of single tokens
 """
 import collections
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class Config(pretraining.Config):
     targets: str = "span"       # kinds of target; of several, joined by +, a step takes the mean loss
     masks: int = 1              # so many masks of the rows of a step: the mean loss
     lower: int = 0              # the target is made of the first so many layers, 0: of the last top_k
+    block: int = 0              # what is removed are blocks of so many tokens, cut without a look at words; 0: spans
 
 DEFAULT = Config(phase="pretrain", eval_every=10 ** 9, pretrain_steps=pretraining.BUDGETS["7M"], pretrain_lr=2e-3,
                  read="4")
@@ -67,6 +69,7 @@ CHANGES = {
     "masked LM of two masks": MASKED_LM | dict(masks=2),        # its control: a masked LM that does the same
     "InfoNCE": dict(loss="infonce"),
     "spans up to 16": dict(max_span=16),
+    "fixed blocks": dict(block=3),                              # the default's spans have 3.1 tokens in the mean
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
 COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all",
@@ -126,6 +129,16 @@ def lower_target(model, n):
             model.target.blocks = whole
     model.encode = encode_lower
 
+def sample_blocks(tokens, size, cfg):
+    """As `tjepa.sample_spans`, tokens (B, T) -> the block of each removed token, (B, T), and of as many tokens: but each
+    text is cut into blocks of size tokens, wherever its words end, and blocks are removed. The last may lose less."""
+    (B, T), t, real = tokens.shape, torch.arange(tokens.size(1), device=tokens.device), tokens != cfg.pad   # (B, T)
+    chance = torch.rand(B, math.ceil(T / size), device=tokens.device).masked_fill(~real[:, ::size], torch.inf)
+    block = chance.argsort(1).argsort(1)[:, t // size]                                  # (B, T) those first in line go
+    turn = (block * T + t).masked_fill(~real, T * T).argsort(1).argsort(1)              # (B, T) as in sample_spans
+    removed = (turn < (real.sum(1, keepdim=True).double() * cfg.mask_ratio).round().clamp(min=1)) & real
+    return torch.where(removed, block, cfg.max_spans)
+
 def changed(run):
     """loss_at(progress) of an arm, for `train.fit`: that of `train.pretrain`, with the arm's changes."""
     cfg, model = run.cfg, run.model
@@ -138,7 +151,8 @@ def changed(run):
         tokens = run.corpus.train.batch(cfg.batch_size).to(run.device)
         parts = []
         for _ in range(cfg.masks):
-            spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)
+            spans = (sample_blocks(tokens, cfg.block, model.cfg) if cfg.block
+                     else tjepa.sample_spans(tokens, model.word_start, model.cfg))
             for target in targets:
                 model.cfg.target = target
                 parts.append(model.pretrain_loss(tokens, spans))

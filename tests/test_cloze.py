@@ -62,6 +62,31 @@ def test_two_masks_hide_different_words_of_the_same_rows(tmp_path, monkeypatch):
     assert total.item() == pytest.approx((one[0] + two[0]).item() / 2)
 
 
+def test_blocks_lie_on_a_grid_and_hide_as_much_as_spans_do(tmp_path, monkeypatch):
+    run = opened(tmp_path)
+    tokens, cfg = run.corpus.train.batch(64), run.model.cfg
+    tokens[0, 7:] = cfg.pad
+    torch.manual_seed(3)
+    blocks, again = (cloze.sample_blocks(tokens, 3, cfg) for _ in range(2))
+    spans = tjepa.sample_spans(tokens, run.model.word_start, cfg)
+    hidden = blocks < cfg.max_spans
+    assert torch.equal(hidden.sum(1), (spans < cfg.max_spans).sum(1)) and not (hidden & (tokens == cfg.pad)).any()
+    assert not torch.equal(blocks, again)
+    for row, gone in zip(blocks, hidden):
+        for block in row[gone].unique():
+            at = (row == block).nonzero().flatten()
+            assert len((at // 3).unique()) == 1             # a block is one cell of the grid ...
+        cells = (gone.nonzero().flatten() // 3).bincount()
+        assert (cells[cells > 0] < 3).sum() <= 2            # ... whole, but for the last one and the end of a text
+    begins = run.model.word_start[tokens.roll(-1, 1)] | (tokens.roll(-1, 1) == cfg.pad)
+    last = hidden & ~hidden.roll(-1, 1)
+    assert (~begins[:, :-1] & last[:, :-1]).any()           # words are cut
+    drawn = []
+    monkeypatch.setattr(cloze, "sample_blocks", lambda *given: drawn.append(given) or blocks[:4])
+    loss(opened(tmp_path, block=3))
+    assert drawn[0][1] == 3
+
+
 def test_a_field_moves_on_a_line_to_its_end_and_tau_with_it(tmp_path):
     run = opened(tmp_path, ema_half_life=25, ends=dict(sigreg=0.0, ema_half_life=400))
     step = cloze.changed(run)
