@@ -65,13 +65,14 @@ def test_two_masks_hide_different_words_of_the_same_rows(tmp_path, monkeypatch):
 def test_blocks_lie_on_a_grid_and_hide_as_much_as_spans_do(tmp_path, monkeypatch):
     run = opened(tmp_path)
     tokens, cfg = run.corpus.train.batch(64), run.model.cfg
-    tokens[0, 7:] = cfg.pad
+    tokens[:16, 7:] = cfg.pad
     torch.manual_seed(3)
     blocks, again = (cloze.sample_blocks(tokens, 3, cfg) for _ in range(2))
     spans = tjepa.sample_spans(tokens, run.model.word_start, cfg)
     hidden = blocks < cfg.max_spans
     assert torch.equal(hidden.sum(1), (spans < cfg.max_spans).sum(1)) and not (hidden & (tokens == cfg.pad)).any()
     assert not torch.equal(blocks, again)
+    assert set(blocks[:16].unique().tolist()) == {0, 1, cfg.max_spans}      # of 7 tokens two go: of one block, or of two
     for row, gone in zip(blocks, hidden):
         for block in row[gone].unique():
             at = (row == block).nonzero().flatten()
