@@ -1,7 +1,7 @@
 """
 How fast is a step, how fast could this machine be, and what would you have used instead?
 
-    python -m labs.speed --nanogpt=../nanoGPT   about 10 minutes on 2 cores; leave the machine alone meanwhile
+    python -m labs.speed --nanogpt=../nanoGPT   about 25 minutes on 2 cores; leave the machine alone meanwhile
     python -m labs.speed                        the same without nanoGPT's own model.py beside ours
     python -m labs.speed --fast                 does it run?
 
