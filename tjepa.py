@@ -61,7 +61,7 @@ class Config:
             ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),
             ("pred_layer sigreg vicreg mlm init_std ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
             ("question_drop memory_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-            ("mask_ratio", lambda v: v > 0 and round(v * self.block_size) < self.block_size, "above 0, and leave some"),
+            ("mask_ratio", lambda v: 0 < v < 1 and round(v * self.block_size) < self.block_size, "above 0, leave some"),
             ("n_embd pred_embd", lambda v: v % (2 * self.n_head) == 0, f"a multiple of 2 * n_head = {2 * self.n_head}"),
             ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
             *((name, allowed.__contains__, "one of " + ", ".join(allowed)) for name, allowed in dict(
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
             self.embed_position, self.rope = nn.Embedding(cfg.block_size + 1, cfg.n_embd), self.rope.fill_(1)
 
     def forward(self, tokens, positions, mask=None, top_k=1):
-        """tokens (B, T), positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, layer-normed."""
+        """tokens (B, T), positions (B, T) or (T,) -> latents (B, T, C): mean of the last top_k layers, each normed."""
         x = self.embed(tokens)                                          # (B, T, C)
         if hasattr(self, "embed_position"):
             x = x + self.embed_position(positions)
@@ -306,17 +306,17 @@ def r_squared(predicted, target, weight):
 def sigreg(z, n_slices=64):
     """SIGReg (LeJEPA 2025): how far z (N, C) is from an isotropic Gaussian, along n_slices random directions.
     Epps-Pulley: compares the characteristic function of each slice with that of N(0, 1), on 17 points of [0, 3].
-    Divided by N: a perfect Gaussian scores 1.05 / N; whatever N, zeros score 0.402 and a layer-normed point 1.06."""
+    Without its factor N: N draws of a perfect Gaussian score 1.05 / N, zeros 0.402, one layer-normed point 1.06."""
     slices = F.normalize(torch.randn(z.size(1), n_slices, device=z.device), dim=0)      # (C, n_slices)
     t = torch.linspace(0, 3, 17, device=z.device)
-    weight = torch.tensor([1, *[2] * 15, 1], device=z.device) * 3 / 16                  # trapezoid rule, both halves
+    weight = F.pad(torch.full((15,), 2.0, device=z.device), (1, 1), value=1.0) * 3 / 16     # trapezoid, both halves
     gauss = torch.exp(-t ** 2 / 2)
     u = (z @ slices)[..., None] * t                                                     # (N, n_slices, 17)
     error = (u.cos().mean(0) - gauss) ** 2 + u.sin().mean(0) ** 2                       # (n_slices, 17)
     return (error * weight * gauss).sum(-1).mean()
 
 def vicreg(z):
-    """VICReg's two regularisers (2022) of z (N, C), in its own proportion 25 : 1: keep a variance, drop covariance."""
+    """VICReg's two regularisers (2022) of z (N, C), 25 : 1 as there: each std at least 1, covariances towards 0."""
     cov = torch.cov(z.T)                                                                # (C, C)
     variance = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return variance + (cov - cov.diagonal().diag()).pow(2).sum() / z.size(1) / 25
@@ -337,7 +337,7 @@ class TJEPA(nn.Module):
         self.register_buffer("concept_std", torch.ones(cfg.answer_width))       # latents, set as phase 2 begins
 
     def init_weights(self, module):
-        """Variance-preserving at any width, unless --init_std says otherwise."""
+        """Variance-preserving at any width, unless --init_std says otherwise; so is the decoder's tied embedding."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             linear = isinstance(module, nn.Linear)
             nn.init.normal_(module.weight, std=(self.cfg.init_std or module.in_features ** -0.5) if linear else 0.02)
@@ -361,9 +361,9 @@ class TJEPA(nn.Module):
 
     def forward_target(self, tokens, parts):
         """What the target encoder, which reads everything, makes of the removed spans: (B, S, C)."""
-        latents = self.encode(tokens, online=not self.cfg.stop_gradient)                # (B, T, C)
+        latents = self.encode(tokens, online=not self.cfg.stop_gradient)    # (B, T, C); of the target: no gradient
         latents = average(parts.pool, latents.take_along_dim(parts.removed[..., None], 1))  # (B, K, C) -> (B, S, C)
-        return norm(latents) if self.cfg.target_norm else latents   # else long spans, whose means are small, weigh less
+        return norm(latents) if self.cfg.target_norm else latents   # else long spans, with short means, weigh less
 
     def fill(self, tokens, positions, real, queries, asked):
         """The online encoder reads what is there, the predictor fills in what is not. tokens (B, T) at positions, holes
@@ -380,8 +380,7 @@ class TJEPA(nn.Module):
         """Hide the spans, and guess what the target makes of them: tokens, spans (B, T) -> `Prediction`.
         n_removed: most tokens removed in a row, by default what `sample_spans` takes from a full one."""
         parts = split_spans(spans, tokens, n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio)), self.cfg)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.stop_gradient):
-            target = self.forward_target(tokens, parts)
+        target = self.forward_target(tokens, parts)
         kept, asked = tokens.gather(1, parts.context), parts.pool.sum(1) > 0            # (B, T-K), (B, K)
         real = kept != self.cfg.pad
         context, filled, words = self.fill(kept, parts.context, real, parts.removed, asked)    # (B, T-K, C), (B, K, C)
@@ -394,8 +393,9 @@ class TJEPA(nn.Module):
         predicted, target, weight = p.spans.flatten(0, 1), p.target.flatten(0, 1), p.weight.flatten()   # (B*S, C)
         loss = latent_distance(predicted, target, weight, cfg.loss)
         stats = dict(latent=loss, r2=r_squared(predicted, target, weight))
-        # 512 tokens drawn from the whole batch, so that texts are spread out, not the tokens of one text
-        z = p.context.flatten(0, 1)[torch.multinomial(p.real.flatten().float(), 512, replacement=True)]     # (512, C)
+        # (512, C) from the whole batch, so that texts are spread out, not the tokens of one text. Not drawn by []: its
+        # threads add up the gradient of a token that is drawn thrice in an order of their own
+        z = F.embedding(torch.multinomial(p.real.flatten().float(), 512, replacement=True), p.context.flatten(0, 1))
         for name, regulariser in ("sigreg", sigreg), ("vicreg", vicreg):
             if pull := getattr(cfg, name):
                 stats[name] = regulariser(z)

@@ -48,11 +48,11 @@ class Config(tjepa.Config):
     distill: str = "answers"    # phase 2: answers | align: imitate --teacher=ckpt:DIR, after phase 1 (of 0 steps)
     align: str = "tokens+pooled+thought"  # what align compares, joined by +: tokens | pooled | thought | guess
     rounds: int = 1             # equal parts of phase 2: each begins with a fresh optimizer, where the last one ended
-    seed: int = 0               # everything random follows from it: the batch of step k is a function of (seed, k)
+    seed: int = 0               # of weights, batches and masks (step k: a function of seed and k); the text is the same
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
     compile: bool = False       # torch.compile of phase 1: minutes of waiting first, then faster steps on a GPU
-    resume: bool = False        # go on where the run in --out stopped; ends bit-identical to an uninterrupted run
+    resume: bool = False        # go on where the run in --out stopped; on a CPU bit-identical to an uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1: steadier steps, linearly more time
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, if memory is short
@@ -137,10 +137,9 @@ def load_checkpoint(out, flag="--out="):
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): "
                          "restore it from a copy, or train again with another --out") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format", FORMAT + 1) > FORMAT:
-        raise ValueError(f"{path} was written by a newer version (or by another program): update this one")
-    if set(checkpoint["config"]) != set(Config.__dataclass_fields__):
-        raise ValueError(f"{path} was written by another version, with other flags: train again with another --out")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format", FORMAT + 1) > FORMAT or (
+            set(checkpoint["config"]) != set(Config.__dataclass_fields__)):
+        raise ValueError(f"{path} was written by another version: take that one, or train again with another --out")
     return checkpoint
 
 class Run(NamedTuple):
@@ -196,11 +195,10 @@ def take_step(run, phase, optimizer, loss_at, progress):
         with run.autocast():
             loss, stats = loss_at(progress)
         (loss / run.cfg.accum).backward()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    grad = torch.nn.utils.clip_grad_norm_(params, run.cfg.clip)
+    grad = torch.nn.utils.clip_grad_norm_(sum((group["params"] for group in optimizer.param_groups), []), run.cfg.clip)
     optimizer.step()
     optimizer.zero_grad()
-    # encode() learns from text alone: in phase 1, and where another's text is imitated
+    # the target moves where text is read. Where answers are taught it stands still: it says what their latents are
     if phase == "pretrain" or (phase, run.cfg.distill) == ("distill", "align") and run.cfg.align != "thought":
         run.model.ema_update(run.cfg.tau)
     return loss, stats, grad
@@ -213,8 +211,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     steps, peak = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_lr")
     length = steps // (cfg.rounds if phase == "distill" else 1)                     # of a round
     per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
-    bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
-    figures, since, last = {}, time.perf_counter(), start
+    bar, figures = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1), {}
 
     def report(row, evaluated):
         """Log a row; where the model was evaluated, save and draw too."""
@@ -230,6 +227,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     if not start and not optimizer_state:       # what a phase starts from stands beside what it reaches, once
         figures = measure(not steps)
         report(dict(phase=phase, step=0, tokens=0), True)
+    since, last = time.perf_counter(), start
     for step in range(start, steps):
         # all that is random in a step follows from the seed and its number: a resumed run cannot tell the difference
         torch.manual_seed((cfg.seed * len(PHASES) + PHASES.index(phase)) * 10 ** 9 + step)
@@ -242,7 +240,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         bar.update()
         done, stop = step + 1, bool(INTERRUPTED)
         evaluated = done == steps or done % cfg.eval_every == 0 or stop
-        if evaluated or done % 20 == 0:         # the only place where the loop waits for the device
+        if evaluated or done % 20 == 0:         # not at each step: here the loop waits for the device
             if not math.isfinite(loss.item() + grad.item()):
                 raise ValueError(f"the loss of {phase} is no longer a number at step {done}: lower --{phase}_lr={peak} "
                                  f"or --clip={cfg.clip}; --resume goes on from the last good checkpoint "
@@ -271,7 +269,6 @@ def pretrain(run):
     cloze = evaluate.cloze if "capital" in run.corpus.values else lambda run, relation: {}
     return loss_at, lambda whole: evaluate.evaluate_text(run) | (cloze(run, "capital") if whole else {})
 
-@torch.no_grad()
 def teacher_vectors(cfg, answers):
     """What the teacher of cfg makes of some answers (A strings): (A, D), or None if the model teaches itself."""
     if not cfg.teacher.startswith("ckpt:"):
@@ -294,7 +291,6 @@ def open_teacher(cfg, answers, tokenizer):
     return align.Teacher(build(Config(**saved["config"]), theirs, saved["model"]), theirs,
                          saved["concepts"][[known.index(answer) for answer in answers]]).checked(cfg, tokenizer)
 
-@torch.no_grad()
 def teach(run, questions, vectors):
     """The teacher's latents of all answers, standardised per dimension: the (A, D) that thoughts are pulled to."""
     model = run.model
@@ -387,9 +383,12 @@ def run(cfg, corpus=None):
             raise ValueError(f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, answer), "
                              "or stop after reading with --phase=pretrain")
         questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
-        if left[0] != "pretrain" and (cfg.resume or left == ("speak",)) and checkpoint["answers"] != questions.answers:
-            raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
-                             "run --phase=distill first")
+        if left[0] != "pretrain" and (cfg.resume or left == ("speak",)):                # phase 2 has begun
+            if checkpoint["answers"] != questions.answers:
+                raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
+                                 "run --phase=distill first")
+            if (then := checkpoint["config"]["teacher"]) != cfg.teacher:
+                raise ValueError(f"--teacher={cfg.teacher}: phase 2 was taught by {then}: run --phase=distill first")
     if "distill" in left:               # before the model: the width of the teacher is the width of W
         teacher = open_teacher(cfg, questions.answers, corpus.tokenizer) if cfg.distill == "align" else None
         vectors = teacher.vectors if teacher else teacher_vectors(cfg, questions.answers)
@@ -426,8 +425,8 @@ def run(cfg, corpus=None):
     return log.last()
 
 def main(argv=None):
-    """Command line: bad input is one line and exit code 2; Ctrl-C saves and is exit code 130."""
-    signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(True))
+    """Command line: bad input is one line and exit code 2; Ctrl-C saves and is exit code 130, a second one kills."""
+    signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     started, cfg = time.perf_counter(), Config()
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
@@ -439,9 +438,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nstopped and saved; go on with: python train.py --resume --out={cfg.out}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         if isinstance(error, OSError):      # a full disk, a folder without write permission
             error = f"{error}: free space or allow writing there; --out={cfg.out} says where a run goes"
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"the {cfg.device} device is out of memory: --accum={2 * cfg.accum} takes half of it for a batch"
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -129,6 +129,27 @@ def test_target_gets_no_gradient(model):
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
 
 
+def test_threads_do_not_change_a_gradient_from_one_time_to_the_next(monkeypatch):
+    """SIGReg looks at 512 tokens, some of them twice and thrice: their gradients are to be added in one order. A simpler
+    pull stands for it here: threads that have just been busy with SIGReg's hardly ever change the order."""
+    direction = torch.randn(512, 128)
+    monkeypatch.setattr(tjepa, "sigreg", lambda z: (z * direction).sum())
+    model, tokens, threads = make(n_embd=128, mlm=0.0, loss="none", n_layer=1, top_k=1), rows(16), torch.get_num_threads()
+    tokens[:, 8:] = model.cfg.pad                           # so few are left that many are drawn often
+    spans = spans_of(model, tokens)
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        for _ in range(20):
+            torch.manual_seed(0)
+            model.zero_grad()
+            model.pretrain_loss(tokens, spans)[0].backward()
+            seen.append(model.encoder.embed.weight.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert seen[0].any() and all(torch.equal(grad, seen[0]) for grad in seen)
+
+
 def test_without_stop_gradient_the_online_encoder_learns_to_be_easy():
     """The same loss, but the targets' own gradient reaches the encoder; with it, that of the predictions alone."""
     tokens, gradients = rows(), []

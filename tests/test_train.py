@@ -3,15 +3,20 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
+import evaluate
 import train
+from data.facts import prepare
 from tests.toy import FLAGS, PAIRS, write_corpus
 
 
@@ -171,7 +176,7 @@ def test_starting_over_keeps_the_old_checkpoint(toy):
 
 @pytest.mark.parametrize("flag, words", [
     ("--pretrain_step=5", "did you mean --pretrain_steps"), ("--n_embd=12.5", "n_embd"), ("--n_head=3", "multiple of 2 * n_head"),
-    ("--mask_ratio=0", "mask_ratio"), ("--mask_ratio=1", "mask_ratio"), ("--pretrain_lr=-1", "pretrain_lr"),
+    ("--mask_ratio=0", "mask_ratio"), ("--mask_ratio=1", "mask_ratio"), ("--mask_ratio=inf", "mask_ratio"), ("--pretrain_lr=-1", "pretrain_lr"),
     ("--pretrain_lr=nan", "pretrain_lr"), ("--dtype=fp16", "auto, fp32, bf16"), ("--phase=sing", "pretrain"),
     ("--loss=l7", "smooth_l1"), ("--compile=perhaps", "neither true nor false"), ("--top_k=9", "n_layer"),
     ("--data=nowhere.txt", "nowhere.txt"), ("--qa=nowhere.tsv", "nowhere.tsv"), ("--teacher=nowhere.npz", "nowhere.npz"),
@@ -303,6 +308,13 @@ def test_a_loss_that_is_no_number_stops_and_says_what_to_lower(toy, capsys):
     assert all(torch.isfinite(value).all() for value in weights(out).values())
 
 
+def test_a_full_gpu_is_one_line_that_says_how_to_take_less(toy, capsys, monkeypatch):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    monkeypatch.setattr(train, "run", full)
+    assert "--accum=8 " in fails(["--accum=4"], capsys)
+
+
 def test_gpt2_without_internet_says_which_file_to_put_where(toy, capsys, monkeypatch, tmp_path):
     folder, cfg, _ = toy
 
@@ -333,6 +345,69 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in error
     assert train.load_checkpoint(folder / "stopped")["step"] > 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_step(monkeypatch):
+    """The first one is only noted, and read between two steps: where there are none, the second one must end it."""
+    noted = []
+    def two(cfg):
+        noted.append(signal.getsignal(signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGINT)
+        noted.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "run", two)
+    monkeypatch.setattr(train, "INTERRUPTED", [])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            train.main([])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert train.INTERRUPTED and noted[1] is signal.SIG_DFL is not noted[0]
+
+
+def test_tokens_a_second_are_those_of_steps_and_not_of_evaluations(toy, monkeypatch):
+    """By a clock that only a step and an evaluation move: a step takes a second, an evaluation a hundred."""
+    folder, cfg, _ = toy
+    clock, cfg = [0.0], config(folder, "clock", phase="pretrain", pretrain_steps=60, eval_every=40)
+    run = train.Run(cfg, *open_parts(toy[1]))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    def wait(seconds, found):
+        clock[0] += seconds
+        return found
+    (folder / "clock").mkdir()
+    log, loss_at = evaluate.Log(cfg.out, []), train.pretrain(run)[0]
+    train.fit(run, "pretrain", lambda progress: wait(1, loss_at(progress)), lambda whole: wait(100, {}), log,
+              lambda step, optimizer: None)
+    rates = [row["tok_s"] for row in log.rows if "tok_s" in row]
+    assert rates == [cfg.batch_size * cfg.block_size] * 3
+
+
+def test_facts_whose_writing_was_cut_short_are_written_again(tmp_path, monkeypatch):
+    """Files of another vocabulary lie there, and those that were asked for replaced some of them."""
+    monkeypatch.setattr(prepare, "HERE", tmp_path)
+    for name in "facts.tsv templates.tsv invented.tsv prepare.py".split():
+        shutil.copy(Path(prepare.__file__).parent / name, tmp_path)
+    prepare.prepare(vocab_size=320)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    real = prepare.write
+    def cut(path, written):
+        if path.name == "val.bin":
+            raise OSError(28, "No space left on device")
+        real(path, written)
+    monkeypatch.setattr(prepare, "write", cut)
+    with pytest.raises(OSError):
+        prepare.prepare(vocab_size=300)
+    monkeypatch.setattr(prepare, "write", real)
+    prepare.prepare(vocab_size=320)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == files
+
+
+def test_a_question_that_was_taught_is_never_unknown_by_rounding():
+    """With one phrasing the farthest of them sets the threshold; asked alone, it may be a little farther away."""
+    questions = SimpleNamespace(where=lambda split, phrasing: torch.arange(3 * (split == "DEC" and phrasing == "trained")))
+    found = evaluate.abstention(questions, torch.tensor([1.0, 3.0, 2.0]))
+    assert 3.0 * 1.01 < found["threshold"] < 3.0 * 1.1
 
 
 def test_help_lists_every_flag_with_its_reason(capsys):
@@ -452,7 +527,8 @@ def test_a_refused_command_leaves_the_run_as_it_was(toy, capsys, tmp_path):
     shutil.copytree(cfg.out, tmp_path / "run")
     (tmp_path / "other.tsv").write_text("What is the colour of the moss?\tblue\n")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for argv in (["--phase=speak", f"--qa={tmp_path / 'other.tsv'}"],
+    for argv in (["--phase=speak", f"--qa={tmp_path / 'other.tsv'}"], ["--phase=speak", "--teacher=ckpt:nowhere"],
+                 ["--resume", "--teacher=vectors.npz"],
                  ["--phase=distill", "--distill=align", f"--teacher=ckpt:{tmp_path / 'nowhere'}"]):
         fails([*argv, f"--out={tmp_path / 'run'}"], capsys)
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

@@ -127,6 +127,7 @@ def prepare(facts="tiny", vocab_size=2048, block_size=64, seed=0, tokenizer="bpe
     by_subject = list(subjects.values())
 
     out.mkdir(exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)     # of another vocabulary, say: from here on the files do not fit it
     for name, part, epochs in ("train", [said[1:] for said in tokens], EPOCHS[facts]), ("val", [said[:1] for said in tokens], 4):
         rows = list(paragraphs(part, by_subject, block_size, epochs, rng))
         flat = [token for row in rows for token in row + [tokenizer.eos]]
