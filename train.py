@@ -54,6 +54,7 @@ class Config(tjepa.Config):
     compile: bool = False       # torch.compile of phase 1: minutes of waiting first, then faster steps on a GPU
     resume: bool = False        # go on where the run in --out stopped; on a CPU bit-identical to an uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1: steadier steps, linearly more time
+    masks: int = 1              # ways to hide a part of each of these rows: more to learn from, linearly more time
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, if memory is short
     pretrain_steps: int = 800   # steps of phase 1; 0 leaves the encoder at its random initialisation, the control
@@ -78,7 +79,7 @@ class Config(tjepa.Config):
             *((name, allowed.__contains__, f"one of {', '.join(allowed)}") for name, allowed in choices.items()),
             ("align", lambda v: sorted({*v.split("+")} & {*align.PARTS}) == sorted(v.split("+")),
              f"some of {', '.join(align.PARTS)}, joined by +"),
-            ("batch_size qa_batch_size accum eval_every rounds", lambda v: v >= 1, "1 or more"),
+            ("batch_size masks qa_batch_size accum eval_every rounds", lambda v: v >= 1, "1 or more"),
             ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
             ("pretrain_steps distill_steps speak_steps weight_decay seed", lambda v: 0 <= v <= 1e9, "0 to 1000000000"),
             ("rounds", lambda v: self.distill_steps % v == 0, f"a divisor of distill_steps = {self.distill_steps}"),
@@ -248,7 +249,6 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
             row = dict(phase=phase, step=done, tokens=done * per_step, loss=loss.item(), lr=lr, grad=grad.item(),
                        tok_s=(done - last) * per_step / (time.perf_counter() - since),
                        **{name: float(value) for name, value in stats.items()})
-            row |= dict(tau=cfg.tau) if phase == "pretrain" else {}
             figures = measure(done == steps) if evaluated else figures
             report(row, evaluated)
             since, last = time.perf_counter(), done
@@ -263,9 +263,12 @@ def pretrain(run):
     loss_of = torch.compile(model.pretrain_loss) if cfg.compile else model.pretrain_loss
 
     def loss_at(progress):
-        """Rows of text, drawn anew."""
+        """Rows of text, drawn anew; means over their masks."""
         tokens = run.corpus.train.batch(cfg.batch_size // cfg.accum).to(run.device, non_blocking=True)
-        return loss_of(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
+        losses, stats = zip(*(loss_of(tokens, tjepa.sample_spans(tokens, model.word_start, model.cfg))
+                              for _ in range(cfg.masks)))
+        means = {name: sum(each[name] for each in stats) / cfg.masks for name in stats[0]}
+        return sum(losses) / cfg.masks, means | dict(tau=cfg.tau)
     cloze = evaluate.cloze if "capital" in run.corpus.values else lambda run, relation: {}
     return loss_at, lambda whole: evaluate.evaluate_text(run) | (cloze(run, "capital") if whole else {})
 
@@ -357,12 +360,10 @@ def open_run(cfg, phases):
     steps = checkpoint["config"][f"{phase}_steps"]
     if cfg.resume and phase not in phases:
         raise ValueError(f"--resume: the run in --out={out} stopped in phase {phase}: leave --phase={cfg.phase} out")
-    if not cfg.resume and PHASES.index(phase) < before:
-        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds {phase} only: "
-                         f"run --phase={PHASES[before]} first")
-    if not cfg.resume and PHASES.index(phase) == before and step < steps:
-        raise ValueError(f"--phase={phases[0]} needs the phase before it, and {phase} in --out={out} stopped at step "
-                         f"{step} of {steps}: run `python train.py --resume --out={out}` first")
+    if not cfg.resume and (PHASES.index(phase), step) < (before, steps):
+        last = f"--phase={PHASES[before]}" if phase != PHASES[before] else f"`python train.py --resume --out={out}`"
+        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds {phase} up to step "
+                         f"{step} of {steps}: run {last} first")
     return checkpoint
 
 def run(cfg, corpus=None):
@@ -429,8 +430,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     started, cfg = time.perf_counter(), Config()
     try:
-        cfg = resolve(read_flags(Config, argv, "train.py"))
-        run(cfg)
+        run(cfg := resolve(read_flags(Config, argv, "train.py")))
         then = dict(pretrain="train.py --phase=distill" + " --qa=my_qa.tsv" * (cfg.data != "facts"),
                     distill="train.py --phase=speak").get(cfg.phase, "sample.py")
         print(f"curves: {Path(cfg.out) / 'curves.png'}   minutes: {(time.perf_counter() - started) / 60:.1f}   "

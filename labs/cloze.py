@@ -47,7 +47,6 @@ class Config(pretraining.Config):
     """An arm: a run of phase 1, and what of it is no flag of train.py."""
     ends: dict = dataclasses.field(default_factory=dict)    # fields that move on a line, and what they are at the end
     targets: str = "span"       # kinds of target; of several, joined by +, a step takes the mean loss
-    masks: int = 1              # so many masks of the rows of a step: the mean loss
     lower: int = 0              # the target is made of the first so many layers, 0: of the last top_k
     block: int = 0              # what is removed are blocks of so many tokens, cut without a look at words; 0: spans
 
@@ -158,7 +157,8 @@ def changed(run):
                 parts.append(model.pretrain_loss(tokens, spans))
         model.cfg.target = targets[0]
         losses, stats = zip(*parts)
-        return sum(losses) / len(parts), {name: sum(each[name] for each in stats) / len(parts) for name in stats[0]}
+        means = {name: sum(each[name] for each in stats) / len(parts) for name in stats[0]}
+        return sum(losses) / len(parts), means | dict(tau=cfg.tau)
     return loss_at
 
 def measure(cfg):

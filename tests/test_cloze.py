@@ -8,6 +8,7 @@ import torch
 
 import data
 import tjepa
+import train
 from labs import cloze, pretraining
 from labs.cloze import ARMS, DEFAULT, Config
 from labs.controls import MASKED_LM
@@ -33,8 +34,9 @@ def loss(run, seed=3, progress=0.0):
     return cloze.changed(run)(progress)
 
 
-def test_without_a_change_a_step_is_that_of_train_py(tmp_path):
-    run, loss_at = pretraining.open_arm(Config(**SMALL, out=str(tmp_path)))
+@pytest.mark.parametrize("masks", [1, 2])
+def test_without_a_change_a_step_is_that_of_train_py(tmp_path, masks):
+    run, loss_at = pretraining.open_arm(Config(**SMALL, masks=masks, out=str(tmp_path)))
     torch.manual_seed(3)
     theirs, stats = loss_at(0.0)
     ours, same = loss(run)
@@ -50,16 +52,18 @@ def test_a_step_of_two_targets_has_the_mean_loss_of_both(tmp_path):
     assert run.model.cfg.target == "span"           # what energies are asked by
 
 
-def test_two_masks_hide_different_words_of_the_same_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss_of", [cloze.changed, lambda run: train.pretrain(run)[0]])     # the lab's and train.py's
+def test_two_masks_hide_different_words_of_the_same_rows(tmp_path, monkeypatch, loss_of):
     seen, real = [], tjepa.TJEPA.pretrain_loss
     def spy(self, tokens, spans):
         seen.append((tokens, spans, real(self, tokens, spans)))
         return seen[-1][2]
     monkeypatch.setattr(tjepa.TJEPA, "pretrain_loss", spy)
-    total, _ = loss(opened(tmp_path, masks=2))
+    total, stats = loss_of(opened(tmp_path, masks=2))(0.0)
     (rows, first, one), (same, second, two) = seen
     assert torch.equal(rows, same) and not torch.equal(first, second)
     assert total.item() == pytest.approx((one[0] + two[0]).item() / 2)
+    assert stats["mlm"].item() == pytest.approx((one[1]["mlm"] + two[1]["mlm"]).item() / 2)
 
 
 def test_blocks_lie_on_a_grid_and_hide_as_much_as_spans_do(tmp_path, monkeypatch):
