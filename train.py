@@ -48,13 +48,13 @@ class Config(tjepa.Config):
     distill: str = "answers"    # phase 2: answers | align: imitate --teacher=ckpt:DIR, after phase 1 (of 0 steps)
     align: str = "tokens+pooled+thought"  # what align compares, joined by +: tokens | pooled | thought | guess
     rounds: int = 1             # equal parts of phase 2: each begins with a fresh optimizer, where the last one ended
-    seed: int = 0               # of weights, batches and masks (step k: a function of seed and k); the text is the same
+    seed: int = 0               # all that is random follows from it, in step k from (seed, k); but the text is the same
     device: str = "auto"        # auto | cuda | mps | cpu
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
     compile: bool = False       # torch.compile of phase 1: minutes of waiting first, then faster steps on a GPU
     resume: bool = False        # go on where the run in --out stopped; on a CPU bit-identical to an uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1: steadier steps, linearly more time
-    masks: int = 1              # ways to hide a part of each of these rows: more to learn from, linearly more time
+    masks: int = 1              # ways to hide a part of each of these rows: more to learn from, more time and memory
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, if memory is short
     pretrain_steps: int = 800   # steps of phase 1; 0 leaves the encoder at its random initialisation, the control
@@ -140,7 +140,7 @@ def load_checkpoint(out, flag="--out="):
                          "restore it from a copy, or train again with another --out") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format", FORMAT + 1) > FORMAT or (
             set(checkpoint["config"]) != set(Config.__dataclass_fields__)):
-        raise ValueError(f"{path} was written by another version: take that one, or train again with another --out")
+        raise ValueError(f"{path} was written by another version or program: take that, or train with another --out")
     return checkpoint
 
 class Run(NamedTuple):
@@ -388,7 +388,7 @@ def run(cfg, corpus=None):
             if checkpoint["answers"] != questions.answers:
                 raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
                                  "run --phase=distill first")
-            if (then := checkpoint["config"]["teacher"]) != cfg.teacher:
+            if "distill" not in left and (then := checkpoint["config"]["teacher"]) != cfg.teacher:
                 raise ValueError(f"--teacher={cfg.teacher}: phase 2 was taught by {then}: run --phase=distill first")
     if "distill" in left:               # before the model: the width of the teacher is the width of W
         teacher = open_teacher(cfg, questions.answers, corpus.tokenizer) if cfg.distill == "align" else None
@@ -426,8 +426,8 @@ def run(cfg, corpus=None):
     return log.last()
 
 def main(argv=None):
-    """Command line: bad input is one line and exit code 2; Ctrl-C saves and is exit code 130, a second one kills."""
-    signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    """Command line: bad input is one line and exit code 2; Ctrl-C saves and is exit code 130."""
+    signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(True))
     started, cfg = time.perf_counter(), Config()
     try:
         run(cfg := resolve(read_flags(Config, argv, "train.py")))
@@ -442,7 +442,7 @@ def main(argv=None):
         if isinstance(error, OSError):      # a full disk, a folder without write permission
             error = f"{error}: free space or allow writing there; --out={cfg.out} says where a run goes"
         if isinstance(error, torch.OutOfMemoryError):
-            error = f"the {cfg.device} device is out of memory: --accum={2 * cfg.accum} takes half of it for a batch"
+            error = f"out of memory: raise --accum={cfg.accum}, which must divide both batch sizes, and --resume"
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

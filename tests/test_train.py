@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +175,7 @@ def test_starting_over_keeps_the_old_checkpoint(toy):
 
 @pytest.mark.parametrize("flag, words", [
     ("--pretrain_step=5", "did you mean --pretrain_steps"), ("--n_embd=12.5", "n_embd"), ("--n_head=3", "multiple of 2 * n_head"),
-    ("--mask_ratio=0", "mask_ratio"), ("--mask_ratio=1", "mask_ratio"), ("--mask_ratio=inf", "mask_ratio"), ("--pretrain_lr=-1", "pretrain_lr"),
+    *((f"--mask_ratio={value}", "mask_ratio") for value in ("0", "1", "inf")), ("--pretrain_lr=-1", "pretrain_lr"),
     ("--pretrain_lr=nan", "pretrain_lr"), ("--dtype=fp16", "auto, fp32, bf16"), ("--phase=sing", "pretrain"),
     ("--loss=l7", "smooth_l1"), ("--compile=perhaps", "neither true nor false"), ("--top_k=9", "n_layer"),
     ("--data=nowhere.txt", "nowhere.txt"), ("--qa=nowhere.tsv", "nowhere.tsv"), ("--teacher=nowhere.npz", "nowhere.npz"),
@@ -240,6 +239,11 @@ def test_phases_need_the_phase_before(toy, capsys):
     assert "no checkpoint" in fails(["--resume", f"--out={folder / 'nothing'}"], capsys)
     train.run(config(folder, "read", phase="pretrain", pretrain_steps=2))
     assert "run --phase=distill first" in fails(["--phase=speak", f"--out={folder / 'read'}"], capsys)
+    saved = train.load_checkpoint(folder / "read")
+    train.save_checkpoint(folder / "read", saved | dict(config=saved["config"] | dict(pretrain_steps=4)))
+    said = fails(["--phase=distill", f"--qa={cfg.qa}", f"--out={folder / 'read'}"], capsys)
+    assert "step 2 of 4: run `python train.py --resume" in said
+    train.save_checkpoint(folder / "read", saved)
     assert "give --qa" in fails(["--phase=distill", "--qa=", f"--out={folder / 'read'}"], capsys)
     assert "give --qa" in fails([f"--data={cfg.data}", "--block_size=32", f"--out={folder / 'bad'}"], capsys)
 
@@ -312,7 +316,7 @@ def test_a_full_gpu_is_one_line_that_says_how_to_take_less(toy, capsys, monkeypa
     def full(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     monkeypatch.setattr(train, "run", full)
-    assert "--accum=8 " in fails(["--accum=4"], capsys)
+    assert "out of memory: raise --accum=4" in fails(["--accum=4"], capsys)
 
 
 def test_gpt2_without_internet_says_which_file_to_put_where(toy, capsys, monkeypatch, tmp_path):
@@ -345,25 +349,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in error
     assert train.load_checkpoint(folder / "stopped")["step"] > 0
-
-
-def test_a_second_ctrl_c_does_not_wait_for_a_step(monkeypatch):
-    """The first one is only noted, and read between two steps: where there are none, the second one must end it."""
-    noted = []
-    def two(cfg):
-        noted.append(signal.getsignal(signal.SIGINT))
-        os.kill(os.getpid(), signal.SIGINT)
-        noted.append(signal.getsignal(signal.SIGINT))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "run", two)
-    monkeypatch.setattr(train, "INTERRUPTED", [])
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit):
-            train.main([])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert train.INTERRUPTED and noted[1] is signal.SIG_DFL is not noted[0]
 
 
 def test_tokens_a_second_are_those_of_steps_and_not_of_evaluations(toy, monkeypatch):
@@ -528,7 +513,7 @@ def test_a_refused_command_leaves_the_run_as_it_was(toy, capsys, tmp_path):
     (tmp_path / "other.tsv").write_text("What is the colour of the moss?\tblue\n")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     for argv in (["--phase=speak", f"--qa={tmp_path / 'other.tsv'}"], ["--phase=speak", "--teacher=ckpt:nowhere"],
-                 ["--resume", "--teacher=vectors.npz"],
+                 ["--resume", "--teacher=vectors.npz"],      # phase 2 is over
                  ["--phase=distill", "--distill=align", f"--teacher=ckpt:{tmp_path / 'nowhere'}"]):
         fails([*argv, f"--out={tmp_path / 'run'}"], capsys)
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
