@@ -547,6 +547,21 @@ def test_speaking_is_resumed_without_the_teacher(toy, tmp_path):
     assert figures["step"] == 4 and train.load_checkpoint(few.out)["config"]["teacher_width"] == 20
 
 
+def test_a_teacher_that_has_moved_can_be_named_anew_while_phase_2_goes_on(toy, tmp_path):
+    folder, cfg, _ = toy
+    np.savez(tmp_path / "vectors.npz", answers=[a for _, a in PAIRS], vectors=np.random.default_rng(0).normal(size=(12, 20)))
+    few = config(tmp_path, "run", data=cfg.data, qa=cfg.qa, pretrain_steps=1, phase="pretrain")
+    train.run(few)
+    again = dict(out=few.out, phase="distill", distill_steps=2, teacher=str(tmp_path / "vectors.npz"))
+    train.run(train.resolve(again))
+    (tmp_path / "vectors.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises((ValueError, OSError), match="vectors.npz"):
+        train.run(train.resolve(again | dict(resume=True, distill_steps=4)))
+    moved = str(tmp_path / "moved.npz")
+    assert train.run(train.resolve(again | dict(resume=True, distill_steps=4, teacher=moved)))["step"] == 4
+    assert train.load_checkpoint(few.out)["config"]["teacher"] == moved
+
+
 def test_one_answer_alone_is_taught_without_a_number_that_is_none(tmp_path):
     write_corpus(tmp_path)
     (tmp_path / "one.tsv").write_text("\ufeffWhat is it?\tgreen\nAnd that?\tgreen\n", encoding="utf-8")
