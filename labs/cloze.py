@@ -50,6 +50,7 @@ class Config(pretraining.Config):
     targets: str = "span"       # kinds of target; of several, joined by +, a step takes the mean loss
     lower: int = 0              # the target is made of the first so many layers, 0: of the last top_k
     block: int = 0              # what is removed are blocks of so many tokens, cut without a look at words; 0: spans
+    whole: bool = False         # a word is in the block in which it begins, all of it
 
 DEFAULT = Config(phase="pretrain", eval_every=10 ** 9, pretrain_steps=pretraining.BUDGETS["7M"], pretrain_lr=2e-3,
                  read="4")
@@ -70,6 +71,7 @@ CHANGES = {
     "InfoNCE": dict(loss="infonce"),
     "spans up to 16": dict(max_span=16),
     "fixed blocks": dict(block=3),                              # 2.8 tokens in the mean (the last is cut), spans 3.2
+    "fixed blocks of whole words": dict(block=3, whole=True),
 }
 ARMS = {name: dataclasses.replace(DEFAULT, **change) for name, change in CHANGES.items()}
 COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibrated_all",
@@ -129,12 +131,14 @@ def lower_target(model, n):
             model.target.blocks = whole
     model.encode = encode_lower
 
-def sample_blocks(tokens, size, cfg):
+def sample_blocks(tokens, size, word_start, cfg):
     """As `tjepa.sample_spans`, tokens (B, T) -> the block of each removed token, (B, T). Texts are cut into blocks of
-    size tokens, wherever their words end; as many tokens are removed, so that of the last block some may stay."""
+    size tokens, which begin with the next token that word_start (vocab_size,) marks; as many tokens are removed, so
+    that of the last block some may stay."""
     (B, T), t, real = tokens.shape, torch.arange(tokens.size(1), device=tokens.device), tokens != cfg.pad   # (B, T)
     chance = torch.rand(B, math.ceil(T / size), device=tokens.device).masked_fill(~real[:, ::size], torch.inf)
-    block = chance.argsort(1).argsort(1)[:, t // size]                                  # (B, T) those first in line go
+    first = torch.where(word_start[tokens] | ~real | (t == 0), t, 0).cummax(1).values   # (B, T) where t's word begins
+    block = chance.argsort(1).argsort(1).gather(1, first // size)                       # (B, T) those first in line go
     turn = (block * T + t).masked_fill(~real, T * T).argsort(1).argsort(1)              # (B, T) as in sample_spans
     removed = (turn < (real.sum(1, keepdim=True).double() * cfg.mask_ratio).round().clamp(min=1)) & real
     return torch.where(removed, block.clamp(max=cfg.max_spans - 1), cfg.max_spans)
@@ -151,7 +155,7 @@ def changed(run):
         tokens = run.corpus.train.batch(cfg.batch_size).to(run.device)
         parts = []
         for _ in range(cfg.masks):
-            spans = (sample_blocks(tokens, cfg.block, model.cfg) if cfg.block
+            spans = (sample_blocks(tokens, cfg.block, model.word_start | (not cfg.whole), model.cfg) if cfg.block
                      else tjepa.sample_spans(tokens, model.word_start, model.cfg))
             for target in targets:
                 model.cfg.target = target

@@ -71,7 +71,8 @@ def test_blocks_lie_on_a_grid_and_hide_as_much_as_spans_do(tmp_path, monkeypatch
     tokens, cfg = run.corpus.train.batch(64), run.model.cfg
     tokens[:16, 7:] = cfg.pad
     torch.manual_seed(3)
-    blocks, again = (cloze.sample_blocks(tokens, 3, cfg) for _ in range(2))
+    every = torch.ones_like(run.model.word_start)
+    blocks, again = (cloze.sample_blocks(tokens, 3, every, cfg) for _ in range(2))
     spans = tjepa.sample_spans(tokens, run.model.word_start, cfg)
     hidden = blocks < cfg.max_spans
     assert torch.equal(hidden.sum(1), (spans < cfg.max_spans).sum(1)) and not (hidden & (tokens == cfg.pad)).any()
@@ -88,8 +89,23 @@ def test_blocks_lie_on_a_grid_and_hide_as_much_as_spans_do(tmp_path, monkeypatch
     assert (~begins[:, :-1] & last[:, :-1]).any()           # words are cut
     drawn = []
     monkeypatch.setattr(cloze, "sample_blocks", lambda *given: drawn.append(given) or blocks[:4])
-    loss(opened(tmp_path, block=3))
-    assert drawn[0][1] == 3
+    for whole in False, True:
+        loss(opened(tmp_path, block=3, whole=whole))
+    assert [given[1] for given in drawn] == [3, 3]
+    assert torch.equal(drawn[0][2], every) and torch.equal(drawn[1][2], run.model.word_start)
+
+
+def test_blocks_of_whole_words_cut_one_word_at_most(tmp_path):
+    run = opened(tmp_path)
+    tokens, cfg, starts = run.corpus.train.batch(64), run.model.cfg, run.model.word_start
+    blocks = cloze.sample_blocks(tokens, 3, starts, cfg)
+    hidden = blocks < cfg.max_spans
+    inside = ~(starts[tokens] | (tokens == cfg.pad))[:, 1:]     # no word begins here: the two tokens are of one word
+    cut = inside & (hidden[:, 1:] != hidden[:, :-1])
+    assert (cut.sum(1) <= 1).all() and torch.equal(hidden.sum(1), (tokens != cfg.pad).sum(1).mul(0.35).round().long())
+    assert (blocks[:, 1:] == blocks[:, :-1])[inside & hidden[:, 1:] & hidden[:, :-1]].all()     # in one block, too
+    begins = [(row == block).nonzero()[0].item() for row, gone in zip(blocks, hidden) for block in row[gone].unique()]
+    assert len({begin % 3 for begin in begins}) == 3            # the grid bends to the words
 
 
 def test_a_field_moves_on_a_line_to_its_end_and_tau_with_it(tmp_path):
