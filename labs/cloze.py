@@ -137,7 +137,7 @@ def sample_blocks(tokens, size, word_start, cfg):
     that of the last block some may stay."""
     (B, T), t, real = tokens.shape, torch.arange(tokens.size(1), device=tokens.device), tokens != cfg.pad   # (B, T)
     chance = torch.rand(B, math.ceil(T / size), device=tokens.device).masked_fill(~real[:, ::size], torch.inf)
-    first = torch.where(word_start[tokens] | ~real | (t == 0), t, 0).cummax(1).values   # (B, T) where t's word begins
+    first = torch.where(word_start[tokens] | (t == 0), t, 0).cummax(1).values           # (B, T) where t's word begins
     block = chance.argsort(1).argsort(1).gather(1, first // size)                       # (B, T) those first in line go
     turn = (block * T + t).masked_fill(~real, T * T).argsort(1).argsort(1)              # (B, T) as in sample_spans
     removed = (turn < (real.sum(1, keepdim=True).double() * cfg.mask_ratio).round().clamp(min=1)) & real
