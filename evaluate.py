@@ -1,17 +1,19 @@
 """
-What the figures mean: one definition each, in one place. And the picture that is drawn of them.
+What the figures mean: one definition each, in one place.
 
-r2      1 - MSE(prediction, target) / MSE(mean target, target): 0 knows the average only
-hit1    share of predicted span latents whose nearest target in the batch is their own; chance stands beside it
-cloze   share of held-out statements whose own answer has the lowest energy among those that the text names; _all: among
-        all values that its relation takes in facts.tsv
-r1, mrr rank of the answer's latent, seen from the thought, among the answers of its relation
-em      exact match of greedy speech, over-generation counts as wrong
-std, rank, cos, pos are `tjepa.latent_health`; auroc, abstain and threshold are in `abstention`.
+    val_r2      1 - MSE(prediction, target) / MSE(mean target, target); 0: no better than the mean
+    hit1        share of predicted span latents whose nearest target in the batch is their own
+    chance      the hit1 of a random guess
+    std, rank, bound, cos, cos_centred, pos     the collapse panel: `tjepa.latent_health`
+    cloze       share of held-out statements whose own answer has the lowest energy
+    r1, mrr     recall at 1 (R@1) and mean reciprocal rank of the thought among the answers
+                of its relation
+    em          exact match of greedy speech with the answer; over-generation counts as wrong
+    threshold, abstain, auroc                   "I don't know": `abstention`
+
+A fact's split (DEC, LAT, TXT, NEVER) says how it was taught; see data/facts.
+n is a number of rows, A of answers, T of tokens, S of spans; C and D are latent widths.
 """
-import csv
-from pathlib import Path
-
 import torch
 
 import tjepa
@@ -19,219 +21,220 @@ import tjepa
 SPLITS = ("DEC", "LAT", "TXT")
 
 
+# -- phase 1: the text -----------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate_text(run, rows=256):
-    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target's token latents."""
+    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target."""
     model = run.model
-    torch.manual_seed(0)                                                # the same rows and spans at every evaluation
-    tokens = run.corpus.val.batch(rows).to(run.device)
-    spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)
-    found, latents = model.predict(tokens, spans), model.encode(tokens)     # no autocast: bf16 would round the figures
-    predicted, target = found.spans[found.weight], found.target[found.weight]                       # (n, C)
-    p, t = predicted[:2000], target[:2000]
-    own = torch.arange(len(p), device=run.device)
+    # the same rows and the same spans at every evaluation
+    torch.manual_seed(0)
+    tokens = run.corpus.val.batch(rows).to(run.device)                          # (n, T)
+    spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)             # (n, T)
+
+    # no autocast: bf16 would round the figures
+    prediction = model.predict(tokens, spans)
+    latents = model.encode(tokens)                                              # (n, T, C)
+
+    predicted = prediction.predicted[prediction.span_mask]                      # (spans, C)
+    target = prediction.target[prediction.span_mask]                            # (spans, C)
+    every_span = torch.ones_like(target[:, 0])
+    r2 = tjepa.r_squared(predicted, target, every_span)
+
+    # at most 2000 spans: the distance matrix grows with their square
+    distance = torch.cdist(predicted[:2000], target[:2000])                     # (spans, spans)
+    own = torch.arange(len(distance), device=run.device)
+    hits = distance.argmin(1) == own
+
     health = tjepa.latent_health(latents, tokens != model.cfg.pad)
-    r2, hits = tjepa.r_squared(predicted, target, torch.ones_like(target[:, 0])), torch.cdist(p, t).argmin(1) == own
-    return dict(val_r2=r2.item(), hit1=hits.float().mean().item(), chance=1 / len(t), health=tjepa.health_word(health),
-                **health)
+    figures = {
+        "val_r2": r2.item(),
+        "hit1": hits.float().mean().item(),
+        "chance": 1 / len(distance),
+        "health": tjepa.health_word(health),
+    }
+    return figures | health
+
 
 @torch.no_grad()
 def gap_energy(run, tokenizer, before, values, after, size=512):
-    """Energy of each value (n strings) in the gap between before and after: (n,). Low fits."""
-    encode, block_size = tokenizer.encode, run.cfg.block_size
-    # as in a text: a space in front, and a blank before the gap belongs to the value
-    left, right = encode(" " + before.rstrip()) if before else [], encode(after)
-    middles = [encode(value if before[-1:].strip() else " " + value) for value in values]
-    longest = max(middles, key=len)
-    width = len(left + longest + right)     # a shorter value leaves padding, which fills the slots that it lacks
-    if width > block_size:
-        raise ValueError(f"the text has {width} tokens with '{values[middles.index(longest)]}' in the gap, above the "
-                         f"run's block_size={block_size}: shorten it")
-    tokens = torch.full((len(values), width), tokenizer.pad)                                        # (n, T)
-    spans = torch.full_like(tokens, run.model.cfg.max_spans)                                        # (n, T)
+    """Energy of each of n values (strings) in the gap between before and after: (n,).
+
+    A low energy means that the value fits. `size` texts are encoded at a time.
+    """
+    # as in running text: the first word has a space in front of it ...
+    left = tokenizer.encode(" " + before.rstrip()) if before else []
+    right = tokenizer.encode(after)
+    # ... and a space before the gap belongs to the value
+    space = "" if before[-1:].strip() else " "
+    middles = [tokenizer.encode(space + value) for value in values]
+
+    longest = max(range(len(values)), key=lambda i: len(middles[i]))
+    width = len(left) + len(middles[longest]) + len(right)
+    if width > run.cfg.block_size:
+        raise ValueError(f"the text has {width} tokens with '{values[longest]}' in the gap, above "
+                         f"the run's block_size={run.cfg.block_size}: shorten it")
+
+    # a shorter value leaves padding at the end of its row
+    tokens = torch.full((len(values), width), tokenizer.pad)                    # (n, T)
+    # max_spans marks a token that stays, 0 a token of the only span
+    spans = torch.full_like(tokens, run.model.cfg.max_spans)                    # (n, T)
     for row, middle in enumerate(middles):
-        tokens[row, :len(left + middle + right)] = torch.tensor(left + middle + right)
-        spans[row, len(left):len(left + middle)] = 0
-    # no autocast: in bf16 energies would tie
-    return torch.cat([run.model.energy(some, where) for some, where in
-                      zip(tokens.to(run.device).split(size), spans.to(run.device).split(size))])
+        text = left + middle + right
+        tokens[row, :len(text)] = torch.tensor(text)
+        spans[row, len(left):len(left) + len(middle)] = 0
+
+    # no autocast: in bf16 different values would have equal energies
+    parts = []
+    for start in range(0, len(values), size):
+        rows = slice(start, start + size)
+        parts.append(run.model.energy(tokens[rows].to(run.device), spans[rows].to(run.device)))
+    return torch.cat(parts)
+
 
 def cloze(run, relation):
-    """Share of a relation's held-out statements whose own answer has the lowest energy, and its chance: among the
-    answers that the text names, and (_all) among all of facts.tsv, most of which the text of a small run never names.
+    """Share of a relation's held-out statements whose own answer has the lowest energy.
+
+    cloze_R is measured among the answers that the text names. cloze_R_all is measured among all
+    values of the relation in facts.tsv; the text of a small run names only some of them.
+    Each stands beside its chance.
     """
     items = [item for item in run.corpus.cloze if item.relation == relation]
     known = sorted({item.answer for item in items})
-    values, right, right_all = known + sorted(set(run.corpus.values[relation]) - set(known)), [], []
+    unknown = sorted(set(run.corpus.values[relation]) - set(known))
+    values = known + unknown
+
+    right = 0
+    right_all = 0
     for item in items:
         before, after = item.statement.split("{a}")
-        energy = gap_energy(run, run.corpus.tokenizer, before, values, after)
-        right.append(values[energy[:len(known)].argmin().item()] == item.answer)
-        right_all.append(values[energy.argmin().item()] == item.answer)
-    return {f"cloze_{relation}": sum(right) / len(right), f"cloze_{relation}_chance": 1 / len(known),
-            f"cloze_{relation}_all": sum(right_all) / len(right), f"cloze_{relation}_all_chance": 1 / len(values)}
+        energy = gap_energy(run, run.corpus.tokenizer, before, values, after)   # (values,)
+        right += values[energy[:len(known)].argmin().item()] == item.answer
+        right_all += values[energy.argmin().item()] == item.answer
 
+    return {
+        f"cloze_{relation}": right / len(items),
+        f"cloze_{relation}_chance": 1 / len(known),
+        f"cloze_{relation}_all": right_all / len(items),
+        f"cloze_{relation}_all_chance": 1 / len(values),
+    }
+
+
+# -- phase 2: the thought --------------------------------------------------------------------------
 @torch.no_grad()
 def think_all(run, tokens, size=1024):
-    """The thoughts of many questions (n, T), in batches: a `Thought` of n rows; no token latents if none are read."""
+    """The thoughts of n questions (n, T), `size` at a time: a `Thought` of n rows.
+
+    Token latents are kept only where the decoder reads them (memory=tokens): they are large.
+    """
     parts = []
-    for some in tokens.split(size):
+    for question in tokens.split(size):
         with run.autocast():
-            thought = run.model.think(some)
-        kept = 0 if run.cfg.memory == "thought" else some.size(1)
-        parts.append(tjepa.Thought(thought.latent.float(), thought.context[:, :kept].float(), thought.real[:, :kept]))
-    return tjepa.Thought(*map(torch.cat, zip(*parts)))
+            thought = run.model.think(question)
+        kept = question.size(1) if run.cfg.memory == "tokens" else 0
+        parts.append(tjepa.Thought(
+            latent=thought.latent.float(),
+            context=thought.context[:, :kept].float(),
+            context_mask=thought.context_mask[:, :kept],
+        ))
+    return tjepa.Thought(*(torch.cat(tensors) for tensors in zip(*parts)))
+
 
 def standardise(model, latents):
-    """A teacher's latents (n, D) in the units that thoughts have."""
+    """A teacher's latents (n, D) in the units of thoughts: mean 0 and std 1 per dimension."""
     return (latents - model.concept_mean) / model.concept_std
+
 
 def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
-    found = {}
+    figures = {}
     for split in SPLITS:
-        for phrasing, tail in ("trained", ""), ("heldout", "_heldout"):
-            if len(which := questions.where(split, phrasing=phrasing)):
-                found[f"{name}_{split}{tail}"] = score[which].float().mean().item()
-    return found
+        for phrasing, suffix in (("trained", ""), ("heldout", "_heldout")):
+            rows = questions.where(split, phrasing=phrasing)
+            if len(rows):
+                figures[f"{name}_{split}{suffix}"] = score[rows].float().mean().item()
+    return figures
+
 
 def recall(run, questions, table):
-    """R@1 and MRR of the thought among the answers of its relation, by split and phrasing; and `abstention`."""
+    """R@1 and MRR of the thought among the answers of its relation; and `abstention`.
+
+    table (A, D): the latents of all answers, in the units of thoughts.
+    """
     thoughts = think_all(run, questions.tokens)
-    distance = torch.cdist(thoughts.latent, table)                                                  # (n, A)
+    distance = torch.cdist(thoughts.latent, table)                              # (n, A)
     rivals = distance.masked_fill(~questions.rivals, torch.inf)
-    # a tie is lost: else latents that all fell to one point would be right always
-    rank = (rivals <= rivals.gather(1, questions.answer_of[:, None])).sum(1)                        # (n,)
-    return (by_split(questions, "r1", rank == 1) | by_split(questions, "mrr", 1 / rank)
-            | abstention(questions, distance.amin(1)))
+    own = rivals.gather(1, questions.answer_of[:, None])                        # (n, 1)
+    # <= and not <: a tie counts as lost, or latents collapsed to one point would always be right
+    rank = (rivals <= own).sum(1)                                               # (n,)
+
+    r1 = by_split(questions, "r1", rank == 1)
+    mrr = by_split(questions, "mrr", 1 / rank)
+    return r1 | mrr | abstention(questions, distance.amin(1))
+
 
 def abstention(questions, distance):
-    """Distance of the thought to the nearest known concept, (n,), as a sign of not knowing.
+    """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
 
-    threshold keeps 95 % of the DEC questions in held-out phrasing (all, if there is only one phrasing, with a margin:
-    alone, or in bf16, the same question's distance is rounded otherwise than in a batch); abstain is the
-    share of NEVER questions beyond it; auroc is the chance that a NEVER question lies farther away than such a DEC one.
+    threshold   keeps 95 % of the DEC questions in held-out phrasing
+    abstain     share of NEVER questions beyond the threshold
+    auroc       chance that a NEVER question lies farther away than such a DEC question
     """
-    phrasing = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
-    known = distance[questions.where("DEC", phrasing=phrasing)]
-    found = dict(threshold=(known.quantile(0.95) if phrasing == "heldout" else 1.05 * known.amax()).item())
-    if len(never := questions.where("NEVER", phrasing=phrasing)):
-        found["abstain"] = (distance[never] > found["threshold"]).float().mean().item()
-        found["auroc"] = (distance[never][:, None] > known).float().mean().item()
-    return found
+    heldout = questions.where("DEC", phrasing="heldout")
+    if len(heldout):
+        phrasing = "heldout"
+        known = distance[heldout]
+        threshold = known.quantile(0.95)
+    else:
+        # There is only one phrasing, and all of its questions were taught: keep them all. The
+        # margin is for rounding: asked alone, or in bf16, a question's distance differs a little
+        # from the one in a batch.
+        phrasing = "trained"
+        known = distance[questions.where("DEC", phrasing="trained")]
+        threshold = 1.05 * known.amax()
+    figures = {"threshold": threshold.item()}
 
+    never = questions.where("NEVER", phrasing=phrasing)
+    if len(never):
+        unknown = distance[never]
+        beyond = unknown > figures["threshold"]
+        farther = unknown[:, None] > known                                      # (NEVER, DEC)
+        figures["abstain"] = beyond.float().mean().item()
+        figures["auroc"] = farther.float().mean().item()
+    return figures
+
+
+# -- phase 3: speech -------------------------------------------------------------------------------
 def say(run, thoughts, size=512):
-    """Greedy speech for a `Thought` of n rows: a list of n strings."""
+    """Greedy speech for a `Thought` of n rows, `size` at a time: a list of n strings."""
+    tokenizer = run.corpus.tokenizer
     said = []
-    for some in torch.arange(len(thoughts.latent), device=run.device).split(size):
+    for rows in torch.arange(len(thoughts.latent), device=run.device).split(size):
         with run.autocast():
-            ids = torch.stack(list(run.model.speak(thoughts.pick(some))), dim=1)                    # (n, L)
-        said += [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
+            steps = list(run.model.speak(thoughts.rows(rows)))                  # L of (n,)
+        ids = torch.stack(steps, dim=1)                                         # (n, L)
+        said += [tokenizer.decode(row).strip() for row in ids.tolist()]
     return said
 
+
 def exact_match(run, questions, thoughts):
-    """EM by split and phrasing; and over DEC and LAT with each thought replaced by that of another question."""
+    """EM by split and phrasing; and em_shuffled, the control.
+
+    em_shuffled: EM over DEC and LAT when each thought is replaced by another question's. If it
+    were high, the decoder would not need the thought.
+    """
+    n = len(questions.rows)
+    answers = [row.answer for row in questions.rows]
+
     def matches(thoughts):
-        """Which answers are said right: bool (n,)."""
-        said = say(run, thoughts)
-        return torch.tensor([words == row.answer for words, row in zip(said, questions.rows)], device=run.device)
+        """Which answers are said exactly: bool (n,)."""
+        equal = [said == answer for said, answer in zip(say(run, thoughts), answers)]
+        return torch.tensor(equal, device=run.device)
+
+    figures = by_split(questions, "em", matches(thoughts))
+
+    # the same permutation at every evaluation
     torch.manual_seed(0)
-    shuffled = matches(thoughts.pick(torch.randperm(len(questions.rows), device=run.device)))
-    return (by_split(questions, "em", matches(thoughts))
-            | dict(em_shuffled=shuffled[questions.where("DEC", "LAT")].float().mean().item()))
-
-@torch.no_grad()
-def transcript(run, questions, table, threshold):
-    """A question of each of DEC, LAT and NEVER, in a phrasing never trained on if there is one: lines to print."""
-    notes = dict(DEC="taught in latent space and as tokens",
-                 LAT="taught in latent space, never shown to the decoder as tokens",
-                 NEVER="its subject is invented, nothing knows it")
-    lines, questions = [], questions.only("heldout")
-    for split, note in notes.items():
-        if not len(which := questions.where(split)[:1]):
-            continue
-        thought = think_all(run, questions.tokens[which])
-        distance = torch.cdist(thought.latent, table).min().item()
-        answer = say(run, thought)[0] if distance <= threshold else "I don't know"
-        lines += [f"{split} ({note})", f"  > {questions.rows[which].question}",
-                  f"  {answer}   (nearest concept at {distance:.1f}, threshold {threshold:.1f})"]
-    return lines
-
-def summary(figures):
-    """The figures of a run as lines to print; what was not measured is left out."""
-    lines = []
-    if "val_r2" in figures:
-        share = figures["rank"] / figures["bound"]
-        lines.append("pretrain: R2 {val_r2:.2f} on held-out text, rank {rank:.0f} of {bound} (share {share:.2f}), "
-                     "{health}".format(share=share, **figures))
-    if "cloze_capital" in figures:
-        lines[-1] += (", capital by lowest energy {cloze_capital:.2f} (chance {cloze_capital_chance:.3f}), among all "
-                      "of the world {cloze_capital_all:.2f} ({cloze_capital_all_chance:.3f})").format(**figures)
-    for name, title in ("r1", "distill: R@1 of the thought"), ("em", "speak: exact match"):
-        cells = [f"{split} {figures[f'{name}_{split}']:.3f}" + (
-            f" / {figures[f'{name}_{split}_heldout']:.3f}" if f"{name}_{split}_heldout" in figures else "")
-                 for split in SPLITS if f"{name}_{split}" in figures]
-        if cells:
-            lines.append(f"{title}, trained / held-out phrasing: {', '.join(cells)}")
-    if "em_shuffled" in figures:
-        lines.append(f"  with the memory shuffled: {figures['em_shuffled']:.3f}")
-    if "auroc" in figures:
-        lines.append(f"  NEVER: {figures['abstain']:.2f} answered \"I don't know\", AUROC {figures['auroc']:.2f}")
-    return lines
-
-class Log:
-    """metrics.csv, one row a log step. A resumed run cuts the file back to the rows of its checkpoint and goes on.
-    tokens and tok_s count tokens of text in phase 1, questions in phases 2 and 3."""
-    COLUMNS = [*("phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
-                 "val_r2 std rank bound cos cos_centred pos hit1 chance health").split(),
-               *(f"cloze_capital{tail}" for tail in ("", "_chance", "_all", "_all_chance")),
-               *(f"{name}_{split}{tail}" for name in ("r1", "mrr", "em") for split in SPLITS
-                 for tail in ("", "_heldout")), "em_shuffled", "threshold", "abstain", "auroc"]
-
-    def __init__(self, out, rows):
-        self.path, self.rows = Path(out) / "metrics.csv", []
-        self.path.write_text(",".join(self.COLUMNS) + "\n")
-        for row in rows:
-            self.write(row)
-
-    def write(self, row):
-        """Append one row."""
-        self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
-            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
-
-    def last(self):
-        """The newest value of each column: what a run returns."""
-        return {name: value for row in self.rows for name, value in row.items()}
-
-def draw_curves(rows, phases, path):
-    """curves.png from the rows of metrics.csv: six panels over steps, the phases one after the other."""
-    import matplotlib               # here and not above: --help should not wait for it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    begin, total = {}, 0
-    for phase in phases:
-        begin[phase], total = total, total + max((row["step"] for row in rows if row["phase"] == phase), default=0)
-    panels = {"losses of the phases": ("latent", "mlm", "token", "sigreg"),
-              "R2: 0 knows the average only": ("r2", "val_r2"),
-              "std across sequences": ("std",), "rank of the target, and its bound": ("rank", "bound"),
-              "hit rate of spans, R@1 of answers": ("hit1", "chance", "r1_DEC_heldout", "r1_LAT_heldout"),
-              "exact match": ("em_DEC", "em_DEC_heldout", "em_LAT", "em_LAT_heldout", "em_TXT_heldout")}
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
-    figure.subplots_adjust(0.04, 0.08, 0.99, 0.95, 0.15, 0.35)          # a layout engine would draw it all twice
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            at = [(row["step"] + begin[row["phase"]], row[name]) for row in rows if name in row]
-            if at:
-                axis.plot(*zip(*at), label=name, marker="." if len(at) < 20 else "", linewidth=1)
-                axis.legend(fontsize=7)
-        for phase in phases[1:]:
-            axis.axvline(begin[phase], color="0.8", zorder=0)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(f"step ({', then '.join(phases)})", fontsize=8)
-    axes[0, 0].set_yscale("log")
-    axes[0, 1].set_ylim(-0.2, 1)
-    figure.savefig(path.with_suffix(".part.png"), dpi=110)
-    plt.close(figure)
-    path.with_suffix(".part.png").replace(path)
+    shuffled = thoughts.rows(torch.randperm(n, device=run.device))
+    spoken = questions.where("DEC", "LAT")
+    figures["em_shuffled"] = matches(shuffled)[spoken].float().mean().item()
+    return figures

@@ -1,0 +1,531 @@
+"""
+The log, the curves and the summary of a run; and several runs in one picture.
+
+    python report.py out/a out/b                    writes out/curves.png, prints the last figures
+    python report.py out/a out/b --out=both.png     another file: .png, .pdf or .svg
+    python report.py out/a out/b --follow           redraws every 10 seconds while they train
+
+What a figure means is defined in evaluate.py.
+"""
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import evaluate
+import flags
+import tjepa
+
+PHASES = ("pretrain", "distill", "speak")
+HIGHLIGHTED = 5     # more coloured lines than this cannot be told apart in one panel
+PAUSE = 10          # seconds between two pictures of --follow
+
+
+# -- the log ---------------------------------------------------------------------------------------
+class Log:
+    """metrics.csv: one row per log step.
+
+    rows: those of the checkpoint that is continued. Rows that an interrupted run logged after that
+    checkpoint are dropped. The file of an older run stays whole until the first write.
+    tokens and tok_s count tokens of text in phase 1, and questions in phases 2 and 3.
+    """
+    COLUMNS = (
+        "phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
+        "val_r2 std rank bound cos cos_centred pos hit1 chance health "
+        "cloze_capital cloze_capital_chance cloze_capital_all cloze_capital_all_chance "
+        "r1_DEC r1_DEC_heldout r1_LAT r1_LAT_heldout r1_TXT r1_TXT_heldout "
+        "mrr_DEC mrr_DEC_heldout mrr_LAT mrr_LAT_heldout mrr_TXT mrr_TXT_heldout "
+        "em_DEC em_DEC_heldout em_LAT em_LAT_heldout em_TXT em_TXT_heldout em_shuffled "
+        "threshold abstain auroc"
+    ).split()
+
+    def __init__(self, out, rows):
+        self.path = Path(out) / "metrics.csv"
+        self.rows = list(rows)
+        self.begun = False
+
+    def write(self, row):
+        """Append one row (a dict; columns may be missing)."""
+        self.rows.append(row)
+        if self.begun:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                self.write_rows(file, [row])
+            return
+
+        # The first write replaces the file: written beside and renamed, so that a process that
+        # dies leaves either the old file or the new one.
+        part = self.path.with_suffix(".part")
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            file.write(",".join(self.COLUMNS) + "\n")
+            self.write_rows(file, self.rows)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+        self.begun = True
+
+    def write_rows(self, file, rows):
+        """Six significant digits: enough for a plot, and short to read."""
+        writer = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
+        for row in rows:
+            writer.writerow({
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            })
+
+    def last(self):
+        """The newest value of each column: what a run returns."""
+        return newest(self.rows)
+
+
+def newest(rows):
+    """The newest value of each column."""
+    figures = {}
+    for row in rows:
+        figures.update(row)
+    return figures
+
+
+def read_metrics(folder):
+    """The rows of folder/metrics.csv as dicts of numbers and words; ValueError if it is damaged."""
+    path = Path(folder) / "metrics.csv"
+    if not path.exists():
+        raise ValueError(f"no metrics.csv in {folder}: give the folder of a run, as in out/tjepa")
+    try:
+        text = path.read_text(encoding="utf-8")
+        # a line without its end is still being written
+        lines = text[:text.rfind("\n") + 1].splitlines()
+        table = list(csv.reader(lines, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not table or table[0][:2] != ["phase", "step"]:
+        raise ValueError(f"{path} is damaged: its first line must begin with phase,step")
+
+    header = table[0]
+    rows = []
+    for number, cells in enumerate(table[1:], start=2):
+        if len(cells) != len(header):
+            raise ValueError(f"{path} is damaged: line {number} has {len(cells)} cells, "
+                             f"the header has {len(header)}")
+        if cells[0] not in PHASES:
+            raise ValueError(f"{path} is damaged: line {number} names no phase")
+        rows.append({
+            name: read_cell(path, number, name, cell)
+            for name, cell in zip(header, cells) if cell
+        })
+    if not rows:
+        raise ValueError(f"{path} has no rows yet")
+    return rows
+
+
+def read_cell(path, number, name, cell):
+    """One cell of metrics.csv as a number or a word."""
+    if name in ("phase", "health"):
+        return cell
+    try:
+        return int(cell) if name == "step" else float(cell)
+    except ValueError:
+        raise ValueError(f"{path} is damaged: line {number}, {name}: "
+                         f"'{cell[:40]}' is not a number") from None
+
+
+# -- the curves of one run -------------------------------------------------------------------------
+class Line(NamedTuple):
+    """One curve: a column of metrics.csv, in one phase (its name) or in all (None)."""
+    label: str
+    column: str
+    phase: str | None = None
+
+
+class Panel(NamedTuple):
+    """One of the small plots of curves.png."""
+    title: str
+    unit: str
+    lines: tuple                # of Line
+    begins: int                 # the first phase that measures one of them
+    y_range: tuple | None = None
+    scale: str = "linear"
+
+
+PANELS = (
+    Panel("losses of phase 1", "loss (log scale)", (
+        Line("phase 1: latent", "latent", "pretrain"),
+        Line("phase 1: mlm", "mlm", "pretrain"),
+        Line("phase 1: sigreg", "sigreg", "pretrain"),
+        Line("phase 1: vicreg", "vicreg", "pretrain"),
+    ), begins=1, scale="log"),
+    # a random start is far below 0: shown whole, it would flatten what differs above
+    Panel("R2: 0 = no better than the mean", "R2 (cut off below -0.2)", (
+        Line("phase 1: training text", "r2", "pretrain"),
+        Line("phase 1: held-out text", "val_r2", "pretrain"),
+        Line("phase 2: training questions", "r2", "distill"),
+    ), begins=1, y_range=(-0.2, 1)),
+    Panel("spread: std x rank / bound", "share of the bound", (
+        Line("spread", "spread"),
+    ), begins=1, y_range=(0, 1)),
+    Panel("std across sequences", "std", (
+        Line("std", "std"),
+    ), begins=1, y_range=(0, 1.2)),
+    Panel("losses of phases 2 and 3", "loss (log scale)", (
+        Line("phase 2: latent", "latent", "distill"),
+        Line("phase 3: latent", "latent", "speak"),
+        Line("phase 3: token", "token", "speak"),
+    ), begins=2, scale="log"),
+    Panel("hit1 of spans, R@1 of thoughts", "share of spans, of questions", (
+        Line("hit1", "hit1"),
+        Line("hit1 by chance", "chance"),
+        Line("R@1 DEC", "r1_DEC"),
+        Line("R@1 DEC, held-out phrasing", "r1_DEC_heldout"),
+        Line("R@1 LAT, held-out phrasing", "r1_LAT_heldout"),
+    ), begins=1, y_range=(0, 1)),
+    Panel("exact match of speech", "share of questions", (
+        Line("EM DEC", "em_DEC"),
+        Line("EM DEC, held-out phrasing", "em_DEC_heldout"),
+        Line("EM LAT", "em_LAT"),
+        Line("EM LAT, held-out phrasing", "em_LAT_heldout"),
+        Line("EM TXT, held-out phrasing", "em_TXT_heldout"),
+    ), begins=3, y_range=(0, 1)),
+    Panel("effective rank of the latents", "dimensions", (
+        Line("rank", "rank"),
+        Line("bound", "bound"),
+    ), begins=1, y_range=(0, None)),
+)
+
+
+def value_of(row, column):
+    """A value of a row, or None. spread is what `tjepa.health_word` compares with thresholds."""
+    if column == "spread":
+        return row["std"] * row["rank"] / row["bound"] if "std" in row else None
+    return row.get(column)
+
+
+def points(rows, line, begin):
+    """Steps and values of a curve. begin: the step at which each phase begins."""
+    steps = []
+    values = []
+    for row in rows:
+        value = value_of(row, line.column)
+        if value is not None and line.phase in (None, row["phase"]):
+            steps.append(begin[row["phase"]] + row["step"])
+            values.append(value)
+    return steps, values
+
+
+def plot(axis, steps, values, **style):
+    """A thin line; with markers where the points are few, so that a single one is seen too."""
+    marker = "." if len(steps) < 20 else ""
+    axis.plot(steps, values, **{"marker": marker, "linewidth": 1, **style})
+
+
+def new_figure(title):
+    """A figure of 2 x 4 panels -> (figure, 8 axes)."""
+    # Here and not above: --help should not wait for it. Figure instead of pyplot, which would
+    # replace the backend of a notebook.
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(17, 7))
+    # set by hand: a layout engine would draw everything twice
+    figure.subplots_adjust(0.05, 0.08, 0.99, 0.87, wspace=0.26, hspace=0.38)
+    figure.suptitle(title, fontsize=12)
+    return figure, list(figure.subplots(2, 4).flat)
+
+
+def finish(axis, title, x_label, y_label):
+    """Texts around a panel."""
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    axis.tick_params(which="both", labelsize=8)
+
+
+def say_when(axis, phase):
+    """In a panel that has no data: the number of the phase that will bring them."""
+    axis.text(0.5, 0.5, f"appears in phase {phase}", transform=axis.transAxes,
+              ha="center", color="0.4")
+
+
+def draw_thresholds(axis):
+    """The two values of spread at which `tjepa.health_word` changes its word."""
+    for word, value in (("collapsed", tjepa.COLLAPSED), ("shrinking", tjepa.HEALTHY)):
+        axis.axhline(value, color="0.5", linestyle="--", linewidth=0.8, zorder=0)
+        axis.text(1, value, f"{word} below {value}", fontsize=7, color="0.3", ha="right",
+                  va="top", transform=axis.get_yaxis_transform())
+
+
+def save_figure(figure, path):
+    """Written beside and renamed: a viewer never opens half a picture."""
+    part = path.with_suffix(f".part{path.suffix}")
+    figure.savefig(part, dpi=110)
+    part.replace(path)
+
+
+def draw_curves(rows, phases, path, title=""):
+    """curves.png from the rows of metrics.csv: eight panels, the phases one after the other."""
+    begin = {}
+    total = 0
+    for phase in phases:
+        begin[phase] = total
+        total += max((row["step"] for row in rows if row["phase"] == phase), default=0)
+
+    margin = 0.02 * max(total, 1)
+    reached = [phase for phase in phases if any(row["phase"] == phase for row in rows)]
+    x_label = f"optimizer step ({', then '.join(reached)})"
+
+    figure, axes = new_figure(title)
+    for panel, axis in zip(PANELS, axes):
+        if panel.scale == "log":
+            axis.set_yscale("log")
+        for line in panel.lines:
+            steps, values = points(rows, line, begin)
+            if steps:
+                plot(axis, steps, values, label=line.label)
+        if axis.lines:
+            axis.legend(fontsize=7)
+        else:
+            say_when(axis, panel.begins)
+
+        for phase in reached[1:]:
+            axis.axvline(begin[phase], color="0.8", zorder=0)
+        # all panels share one range, so that a step is at the same place in each of them
+        axis.set_xlim(-margin, max(total, 1) + margin)
+        if panel.y_range:
+            axis.set_ylim(panel.y_range)
+        if panel.lines[0].column == "spread":
+            draw_thresholds(axis)
+        finish(axis, panel.title, x_label, panel.unit)
+    save_figure(figure, Path(path))
+
+
+# -- what a run prints when it ends ----------------------------------------------------------------
+def summary(figures):
+    """The figures of a run as lines to print; what was not measured is left out."""
+    lines = []
+    if "val_r2" in figures:
+        lines.append(pretrain_line(figures))
+    for name, title in (("r1", "distill: R@1 of the thought"), ("em", "speak: exact match")):
+        cells = split_cells(figures, name)
+        if cells:
+            lines.append(f"{title}, trained / held-out phrasing: {', '.join(cells)}")
+    if "em_shuffled" in figures:
+        lines.append(f"  with the memory shuffled: {figures['em_shuffled']:.3f}")
+    if "auroc" in figures:
+        lines.append(f"  NEVER: {figures['abstain']:.2f} answered \"I don't know\", "
+                     f"AUROC {figures['auroc']:.2f}")
+    return lines
+
+
+def pretrain_line(figures):
+    """Phase 1 in one line."""
+    share = figures["rank"] / figures["bound"]
+    line = (f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, "
+            f"rank {figures['rank']:.0f} of {figures['bound']} (share {share:.2f}), "
+            f"{figures['health']}")
+    if "cloze_capital" in figures:
+        line += (f", capital by lowest energy {figures['cloze_capital']:.2f} "
+                 f"(chance {figures['cloze_capital_chance']:.3f}), among all of the world "
+                 f"{figures['cloze_capital_all']:.2f} "
+                 f"({figures['cloze_capital_all_chance']:.3f})")
+    return line
+
+
+def split_cells(figures, name):
+    """'DEC 0.996 / 0.936' for each split: trained / held-out phrasing."""
+    cells = []
+    for split in evaluate.SPLITS:
+        trained = figures.get(f"{name}_{split}")
+        heldout = figures.get(f"{name}_{split}_heldout")
+        if trained is not None:
+            tail = "" if heldout is None else f" / {heldout:.3f}"
+            cells.append(f"{split} {trained:.3f}{tail}")
+    return cells
+
+
+def transcript(run, questions, table, threshold):
+    """One question each of DEC, LAT and NEVER with its answer: lines to print.
+
+    The phrasing was never trained on, if there is such a phrasing. table (A, D): the concepts.
+    """
+    notes = {
+        "DEC": "taught in latent space and as tokens",
+        "LAT": "taught in latent space, never shown to the decoder as tokens",
+        "NEVER": "its subject is invented, nothing knows it",
+    }
+    questions = questions.only("heldout")
+    lines = []
+    for split, note in notes.items():
+        rows = questions.where(split)[:1]
+        if not len(rows):
+            continue
+        thought = evaluate.think_all(run, questions.tokens[rows])
+        distance = torch.cdist(thought.latent, table).min().item()
+        known = distance <= threshold
+        answer = evaluate.say(run, thought)[0] if known else "I don't know"
+        lines += [
+            f"{split} ({note})",
+            f"  > {questions.rows[rows].question}",
+            f"  {answer}   (nearest concept at {distance:.1f}, threshold {threshold:.1f})",
+        ]
+    return lines
+
+
+# -- several runs ----------------------------------------------------------------------------------
+class Comparison(NamedTuple):
+    """A panel with one curve per run: the first of some columns that any of the runs has."""
+    title: str
+    unit: str
+    phase: str
+    columns: tuple
+    y_range: tuple | None = None
+    scale: str = "linear"
+
+
+COMPARISONS = (
+    Comparison("latent loss of phase 1", "loss (log scale)", "pretrain", ("latent",), scale="log"),
+    Comparison("R2 on held-out text", "R2 (cut off below -0.2)", "pretrain",
+               ("val_r2",), (-0.2, 1)),
+    Comparison("spread: std x rank / bound", "share of the bound", "pretrain", ("spread",), (0, 1)),
+    Comparison("hit1 of spans", "share of spans", "pretrain", ("hit1",), (0, 1)),
+    Comparison("R@1, facts of DEC", "share of questions", "distill",
+               ("r1_DEC_heldout", "r1_DEC"), (0, 1)),
+    Comparison("R@1, facts of LAT", "share of questions", "distill",
+               ("r1_LAT_heldout", "r1_LAT"), (0, 1)),
+    Comparison("exact match, facts of DEC", "share of questions", "speak",
+               ("em_DEC_heldout", "em_DEC"), (0, 1)),
+    Comparison("exact match, facts of LAT", "share of questions", "speak",
+               ("em_LAT_heldout", "em_LAT"), (0, 1)),
+)
+SHOWN = ("val_r2", "spread", "r1_DEC_heldout", "r1_LAT_heldout", "em_DEC_heldout", "em_LAT_heldout")
+
+
+def first_measured(columns, runs):
+    """The first of some columns that any of the runs has, or None."""
+    for column in columns:
+        for rows in runs.values():
+            if any(value_of(row, column) is not None for row in rows):
+                return column
+    return None
+
+
+def draw_comparison(runs, path):
+    """One picture of several runs: runs is a dict name -> rows of metrics.csv.
+
+    The first five runs are coloured, the rest is grey. Each panel counts the steps of its own
+    phase, because runs may differ in the length of the phases before it.
+    """
+    figure, axes = new_figure("")
+    at_zero = dict.fromkeys(PHASES, 0)
+    for panel, axis in zip(COMPARISONS, axes):
+        if panel.scale == "log":
+            axis.set_yscale("log")
+        column = first_measured(panel.columns, runs)
+        for number, (name, rows) in enumerate(runs.items()):
+            steps, values = points(rows, Line(name, column, panel.phase), at_zero)
+            if steps and number < HIGHLIGHTED:
+                plot(axis, steps, values, color=f"C{number}", zorder=3)
+            elif steps:
+                plot(axis, steps, values, color="0.8", zorder=1)
+
+        phase = 1 + PHASES.index(panel.phase)
+        if not axis.lines:
+            say_when(axis, phase)
+        if panel.y_range:
+            axis.set_ylim(panel.y_range)
+        if column == "spread":
+            draw_thresholds(axis)
+        heldout = ", held-out phrasing" if column and column.endswith("_heldout") else ""
+        finish(axis, panel.title + heldout, f"optimizer step of phase {phase}", panel.unit)
+    draw_names(figure, list(runs))
+    save_figure(figure, path)
+
+
+def draw_names(figure, names):
+    """One legend for all panels: the runs that have a colour, and how many have none."""
+    from matplotlib.lines import Line2D
+    handles = [Line2D([], [], color=f"C{number}", label=name)
+               for number, name in enumerate(names[:HIGHLIGHTED])]
+    others = len(names) - HIGHLIGHTED
+    if others > 0:
+        handles.append(Line2D([], [], color="0.8", label=f"{others} more"))
+    figure.legend(handles=handles, loc="upper center", ncols=len(handles), fontsize=9)
+
+
+def last_figures(runs):
+    """The newest figures of each run as a table: lines to print."""
+    figures = {name: newest(rows) for name, rows in runs.items()}
+    wanted = [first_measured((column, column.removesuffix("_heldout")), runs) for column in SHOWN]
+    columns = [column for column in wanted if column]
+
+    table = [["run", "phase", "step", *columns, "health"]]
+    for name, last in figures.items():
+        cells = [name, last["phase"], str(last["step"])]
+        for column in columns:
+            value = value_of(last, column)
+            cells.append("-" if value is None else f"{value:.3f}")
+        table.append([*cells, last.get("health", "-")])
+
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def names_of(folders):
+    """A short name for each folder: its own name, or the whole path where two have the same."""
+    paths = dict.fromkeys(Path(folder) for folder in folders)
+    names = [path.resolve().name for path in paths]
+    return {path: name if names.count(name) == 1 else str(path)
+            for path, name in zip(paths, names)}
+
+
+def read_runs(folders):
+    """Name -> rows of metrics.csv, for each folder."""
+    return {name: read_metrics(path) for path, name in names_of(folders).items()}
+
+
+def compare(folders, path, follow):
+    """Draw some runs and print their last figures; with follow, redraw until Ctrl-C."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = read_runs(folders)
+    draw_comparison(runs, path)
+    try:
+        if follow:
+            print(f"{path} is redrawn every {PAUSE} seconds; Ctrl-C ends", flush=True)
+        while follow:
+            time.sleep(PAUSE)
+            runs = read_runs(folders)
+            draw_comparison(runs, path)
+    except KeyboardInterrupt:
+        print()
+    print("\n".join(last_figures(runs)))
+    print(f"curves: {path}")
+
+
+def main(argv=None):
+    """Command line: bad input is one line and exit code 2."""
+    flags.plain_output()
+    parser = flags.Parser(prog="report.py", description=__doc__, allow_abbrev=False,
+                          formatter_class=flags.HelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="folder",
+                        help="folder of a run, with its metrics.csv; the first five are coloured")
+    parser.add_argument("--out", default="out/curves.png", metavar="FILE",
+                        help="picture to write: .png, .pdf or .svg [out/curves.png]")
+    parser.add_argument("--follow", action="store_true",
+                        help=f"redraw every {PAUSE} seconds until Ctrl-C")
+    given = parser.parse_args(argv)
+    path = Path(given.out)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--out={given.out} must end in .png, .pdf or .svg")
+    try:
+        compare(given.folders, path, given.follow)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
