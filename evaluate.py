@@ -139,11 +139,6 @@ def think_all(run, tokens, size=1024):
     return tjepa.Thought(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
-def standardise(model, latents):
-    """A teacher's latents (n, D) in the units of thoughts: mean 0 and std 1 per dimension."""
-    return (latents - model.concept_mean) / model.concept_std
-
-
 def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
     figures = {}
