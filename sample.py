@@ -1,12 +1,12 @@
 """
 Think, then speak: ask a run that train.py has made. Nothing is learned here.
 
-    python sample.py --prompt="Who wrote the book 'Sapiens'?"           one question
-    python sample.py                                                    one after the other
-    python sample.py --inspect="The capital of France is [Paris]."      hide the span: which concepts fit the gap best?
-    python sample.py --inspect="What is the capital of France?"         the concepts nearest to the thought
+    python sample.py "Who wrote the book 'Sapiens'?"                one question
+    python sample.py                                                a conversation
+    python sample.py --inspect="The capital of France is [Paris]."  which concepts fit the gap best
+    python sample.py --inspect="What is the capital of France?"     concepts nearest to the thought
 
-A gap can be inspected after phase 1, a thought after phase 2; only speech takes all three. --help lists every flag.
+A gap can be inspected after phase 1, a thought after phase 2; speech needs all three phases.
 """
 import codecs
 import dataclasses
@@ -21,30 +21,31 @@ import torch
 import evaluate
 import tjepa
 from data import Tokenizer
-from flags import pick_device, read_flags
-from train import PHASES, Config, Run, build, load_checkpoint
-
+from flags import plain_output, read_flags
+from train import PHASES, Config, Run, build, load_checkpoint, pick_device
 
 @dataclasses.dataclass
 class Flags:
     """What to ask, and how to answer."""
     out: str = "out/tjepa"      # folder of the run
-    prompt: str = ""            # one question; without it and without --inspect you are asked for one after the other
-    inspect: str = ""           # a text with one [span] to hide, or a question: looks at latents, without a decoder
-    temperature: float = 0.0    # 0 says the likeliest token each time; the higher, the bolder (1 = as learned)
-    top_k: int = 0              # draw from this many of the likeliest tokens; 0 = all (no effect at temperature 0)
-    top_p: float = 1.0          # draw from the likeliest tokens that share this much probability; 1 = all (likewise)
-    seed: int = 0               # of the draws: set anew before each answer, so that each can be repeated by itself
+    prompt: str = ""            # one question; without it and --inspect: a conversation
+    inspect: str = ""           # a text with one [span] to hide, or a question: shows latents
+    temperature: float = 0.0    # 0: the likeliest token each time; 1: as learned; above: bolder
+    top_k: int = 0              # sample from so many of the likeliest tokens; 0 = all
+    top_p: float = 1.0          # sample from the likeliest tokens that hold this probability
+    seed: int = 0               # of the sampling, set before each answer: each is repeatable
     device: str = "auto"        # auto | cuda | mps | cpu
-    always_answer: bool = False  # speak even if the thought is farther from every known concept than the threshold
+    always_answer: bool = False  # speak even if no known concept is within the threshold
     n: int = 5                  # how many concepts --inspect shows
 
     def __post_init__(self):
-        tjepa.check(self, (("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0 (greedy), or 0.001 or more"),
-                           ("top_k", lambda v: v >= 0, "0 (all) or above"), ("n", lambda v: v >= 1, "1 or more"),
-                           ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-                           ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63")))
-
+        tjepa.check(self, (
+            ("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0, or 0.001 or more"),
+            ("top_k", lambda v: v >= 0, "0 (all) or above"),
+            ("n", lambda v: v >= 1, "1 or more"),
+            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
+        ))
 
 class Session(NamedTuple):
     """A run that has been opened to be asked."""
@@ -52,7 +53,6 @@ class Session(NamedTuple):
     run: Run
     tokenizer: Tokenizer
     checkpoint: dict
-
 
 def open_session(flags):
     """Model, tokenizer and answer table of the run in --out; its corpus is not needed."""
@@ -70,36 +70,46 @@ def require(session, phase):
     lacks, works = dict(distill=("knows no answers", "a text with one [span] in brackets"),
                         speak=("cannot speak", "your question"))[phase]
     if PHASES.index(checkpoint["phase"]) + (checkpoint["step"] > 0) <= PHASES.index(phase):
-        raise ValueError(f"the run in --out={out} {lacks} yet: run `python train.py --phase={phase} --out={out}` "
-                         f'first; --inspect="{works}" works already')
+        raise ValueError(
+            f"the run in --out={out} {lacks} yet: run `python train.py --phase={phase} "
+            f'--out={out}` first; --inspect="{works}" works already')
 
 def think(session, question, source):
-    """`Thought` (1 row) of a question, and its distance to each concept, (A,). source: where the question came from."""
+    """`Thought` (1 row) of a question, and its distance to each concept, (A,).
+
+    source: the flag that the question came from, for error messages.
+    """
     run, ids = session.run, session.tokenizer.encode(question.strip())
     if not ids:
-        raise ValueError(f'{source} is empty: write a question, as in {source}="What is the capital of France?"')
+        raise ValueError(f'{source} is empty: write a question, as in {source}="What is the '
+                         'capital of France?"')
     if len(ids) > run.cfg.block_size:
-        raise ValueError(f"{source} has {len(ids)} tokens, above the run's block_size={run.cfg.block_size}: shorten it")
+        raise ValueError(f"{source} has {len(ids)} tokens, above the run's "
+                         f"block_size={run.cfg.block_size}: shorten it")
     thought = evaluate.think_all(run, torch.tensor([ids], device=run.device))
     return thought, torch.cdist(thought.latent, session.checkpoint["concepts"].to(run.device))[0]
 
 def pieces(session, thought):
-    """The words of a thought (1 row), as they are said; joined, they are what evaluate.say gives.
+    """The answer to a thought (1 row), piece by piece; joined, it is what `evaluate.say` returns.
 
-    A token may end inside a character, or in a blank that turns out to be the last: what is not certain is held back.
+    A token may end inside a character, or in a blank that turns out to be the last one: what is
+    not certain yet is held back.
     """
-    flags, tokenizer, text, shown = session.flags, session.tokenizer, "", 0
+    flags, tokenizer = session.flags, session.tokenizer
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     torch.manual_seed(flags.seed)
-    ids = (token.item() for token in session.run.model.speak(thought, flags.temperature, flags.top_k, flags.top_p))
-    # no token is empty: an empty one marks the end, where half a character will not be completed any more
-    for said in itertools.chain((tokenizer.ranks[i] for i in ids if i < tokenizer.pad), [b""]):
+    tokens = session.run.model.speak(thought, flags.temperature, flags.top_k, flags.top_p)
+    ids = (token.item() for token in tokens)
+    words = (tokenizer.ranks[i] for i in ids if i < tokenizer.pad)
+    text, shown = "", 0
+    # No token is empty: an empty one marks the end, where half a character stays incomplete.
+    for said in itertools.chain(words, [b""]):
         text += utf8.decode(said, final=not said)
         yield text.strip()[shown:]
         shown = len(text.strip())
 
 def answer(session, question, source):
-    """Print the answer while it is produced, or that there is none: where the thought is like nothing it was taught."""
+    """Print the answer as it is produced, or "I don't know" if no concept is near the thought."""
     thought, distance = think(session, question, source)
     near, threshold = distance.min().item(), session.checkpoint["threshold"]
     if near > threshold and not session.flags.always_answer:
@@ -124,15 +134,16 @@ def converse(session):
         print()
 
 def inspect_question(session, question):
-    """Print the concepts nearest to the thought, and whether that is near enough to count as known."""
+    """Print the concepts nearest to the thought, and whether they are within the threshold."""
     distance, threshold = think(session, question, "--inspect")[1], session.checkpoint["threshold"]
     print("distance  concept")
     for i in distance.argsort()[:session.flags.n].tolist():
         print(f"{distance[i]:8.2f}  {session.checkpoint['answers'][i]}")
-    print(f"{'known: within' if distance.min() <= threshold else 'unknown: beyond'} the threshold of {threshold:.2f}")
+    verdict = "known: within" if distance.min() <= threshold else "unknown: beyond"
+    print(f"{verdict} the threshold of {threshold:.2f}")
 
 def candidates(session):
-    """What may fill a gap: the answers, or, before phase 2, the vocabulary's words (and beginnings of words)."""
+    """What may fill a gap: the answers, or before phase 2 words and beginnings of words."""
     ranks = (rank.decode(errors="replace") for rank in session.tokenizer.ranks)
     words = [rank[1:] for rank in ranks if rank[0] == " " and len(rank) > 3 and rank[1:].isalpha()]
     return session.checkpoint["answers"] or words
@@ -141,22 +152,24 @@ def inspect_gap(session, text):
     """Print what fits the bracketed gap best, and where the hidden text itself ranks."""
     found = re.fullmatch(r"([^][]*)\[([^][]*)\]([^][]*)", text)
     if not found or not found[2].strip() or not (found[1] + found[3]).strip():
-        raise ValueError("--inspect must have exactly one span in brackets, with text in it and around it, as in "
-                         '--inspect="The capital of France is [Paris]."')
-    before, truth, after = found[1].lstrip(), found[2].strip(), found[3].rstrip()
+        raise ValueError("--inspect must have exactly one span in brackets, with text in it and "
+                         'around it, as in --inspect="The capital of France is [Paris]."')
+    before, after = found[1].lstrip(), found[3].rstrip()
+    truth = found[2].strip()
     values = list(dict.fromkeys([*candidates(session), truth]))
     energy = evaluate.gap_energy(session.run, session.tokenizer, before, values, after)
     print("  energy  candidate")
     for i in energy.argsort()[:session.flags.n].tolist():
         print(f"{energy[i]:8.4f}  {values[i]}")
     own = energy[values.index(truth)]
-    print(f"'{truth}' has energy {own:.4f}: rank {1 + (energy < own).sum().item()} of {len(values)}")
-
+    rank = 1 + (energy < own).sum().item()
+    print(f"'{truth}' has energy {own:.4f}: rank {rank} of {len(values)}")
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C is exit code 130."""
+    plain_output()
     try:
-        given = read_flags(Flags, argv, "sample.py")
+        given = read_flags(Flags, argv, "sample.py", positional="prompt")
         if "prompt" in given and "inspect" in given:
             raise ValueError("--prompt and --inspect are two ways to ask: give one of them")
         session = open_session(Flags(**given))
@@ -174,7 +187,6 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +28,7 @@ import data
 import evaluate
 import report
 import tjepa
-from flags import read_flags
+from flags import plain_output, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 3              # of the checkpoint; older files are refused
@@ -37,6 +37,12 @@ INTERRUPTED = []        # filled by Ctrl-C; the loop then stops after a whole st
 @dataclasses.dataclass
 class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
+    GROUPS: ClassVar[dict] = {          # sections of --help; what is not named comes last
+        "first of all": ("phase", "out", "data", "qa", "preset", "recipe", "resume", "seed"),
+        "how long": ("pretrain_steps", "distill_steps", "speak_steps", "eval_every"),
+        "one change, one effect": ("stop_gradient", "ema_half_life", "sigreg", "mlm", "loss",
+                                   "target", "top_k", "target_norm", "mask_ratio", "max_span"),
+    }
     phase: str = "all"          # pretrain | distill | speak | all; later phases continue --out
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | laptop: all | gpu: wider
     recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
@@ -678,6 +684,7 @@ def explain(error, cfg):
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C saves and exits with 130."""
+    plain_output()
     signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(True))
     started = time.perf_counter()
     cfg = Config()
