@@ -1,9 +1,11 @@
 """What can be relied on when text becomes tokens, one property a test."""
 
+import base64
 import hashlib
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,7 +15,8 @@ import requests
 import tiktoken
 
 from data.shakespeare import prepare as shakespeare
-from data.tokenizer import GPT2_FILES, PATTERN, Tokenizer, train_bpe
+from data import tokenizer as tokenizer_module
+from data.tokenizer import GPT2_FILES, GPT2_PATTERN, LONGEST_PIECE, PATTERN, Tokenizer, train_bpe
 from data.wordnet import prepare as wordnet
 
 TEXT = "The whale's tail hit the boat. The boat sank, the whale swam off in 1851.\n\n" * 20
@@ -110,6 +113,115 @@ def test_state_rebuilds_the_tokenizer():
     assert (again.ranks, again.pattern, again.encode(TEXT)) == (TOKENIZER.ranks, TOKENIZER.pattern, TOKENIZER.encode(TEXT))
 
 
+def encoded(*ranks):
+    """Ranks as a state stores them."""
+    return [base64.b64encode(rank).decode() for rank in ranks]
+
+
+BYTES = encoded(*(bytes([byte]) for byte in range(256)))
+
+
+@pytest.mark.parametrize("state, says", [
+    (None, "dict"), ([], "dict"), ({}, "dict"), (dict(ranks=BYTES), "dict"),
+    (dict(pattern=PATTERN, ranks=BYTES, specials=4), "dict"),
+    (dict(pattern="", ranks=BYTES), "pattern"), (dict(pattern=None, ranks=BYTES), "pattern"),
+    (dict(pattern=[PATTERN], ranks=BYTES), "pattern"), (dict(pattern=r"(a*)*b", ranks=BYTES), "pattern"),
+    (dict(pattern=PATTERN, ranks=None), "list"), (dict(pattern=PATTERN, ranks=BYTES[1:]), "list"),
+    (dict(pattern=PATTERN, ranks=dict.fromkeys(BYTES)), "list"),
+    (dict(pattern=PATTERN, ranks=BYTES + ["YWI="] * 2 ** 16), "65,532"),
+    (dict(pattern=PATTERN, ranks=BYTES + [7]), "rank 256"), (dict(pattern=PATTERN, ranks=BYTES + [""]), "rank 256"),
+    (dict(pattern=PATTERN, ranks=BYTES + ["a\u00e9=="]), "rank 256"),
+    (dict(pattern=PATTERN, ranks=BYTES + ["a!=="]), "rank 256"),
+    (dict(pattern=PATTERN, ranks=BYTES + ["===="]), "rank 256"),
+    (dict(pattern=PATTERN, ranks=BYTES + ["YWI=", "YWI="]), "twice"),
+    (dict(pattern=PATTERN, ranks=["YWI=", *BYTES]), "single bytes"),
+    (dict(pattern=PATTERN, ranks=[*BYTES[1:], BYTES[1]]), "single bytes"),
+], ids=range(21))
+def test_a_state_of_a_stranger_is_refused_in_one_sentence(state, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Tokenizer.from_state(state)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
+def test_states_of_our_own_are_read_whatever_the_order_of_their_bytes(pattern):
+    # GPT-2 numbers the bytes in another order
+    tokenizer = Tokenizer(RANKS[255::-1] + RANKS[256:], pattern)
+    again = Tokenizer.from_state(tokenizer.state())
+    assert again.ranks == tokenizer.ranks and again.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def plain_bpe(text, vocab_size):
+    """What `train_bpe` computes, as one would explain it: count all pairs anew for each merge."""
+    words = [[bytes([byte]) for byte in piece.encode()] for piece in tokenizer_module.split(text, PATTERN)]
+    ranks = [bytes([byte]) for byte in range(256)]
+    while len(ranks) < vocab_size:
+        count = {}
+        for word in words:
+            for left, right in zip(word, word[1:]):
+                count[left + right] = count.get(left + right, 0) + 1
+        best = min(count, key=lambda pair: (-count[pair], pair), default=None)
+        if best is None or count[best] < 2:
+            break
+        ranks.append(best)
+        for i, word in enumerate(words):
+            merged = []
+            for token in word:
+                if merged and merged[-1] + token == best:
+                    merged[-1] = best
+                else:
+                    merged.append(token)
+            words[i] = merged
+    return ranks
+
+
+def test_training_is_the_plain_algorithm_made_fast():
+    rng = random.Random(0)
+    for alphabet in ("ab", "aab ", "ab \n", "a\u00e9\u65e5 ", "ab'12. "):
+        for _ in range(30):
+            text = "".join(rng.choices(alphabet, k=rng.choice([5, 40, 200, 600])))
+            assert train_bpe(text, 290) == plain_bpe(text, 290)
+
+
+def test_joining_says_where():
+    a, b, c = b"a", b"b", b"c"
+    assert tokenizer_module.merge([a, b, c, a, b], a, b) == ([b"ab", c, b"ab"], [0, 2])
+    assert tokenizer_module.merge([a, a, a], a, a) == ([b"aa", a], [0])
+    assert tokenizer_module.merge([a, c, a], a, b) == ([a, c, a], [])
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
+@pytest.mark.parametrize("text", [
+    "ACGT" * 1000, "\u65e5\u672c" * 500, "x" + "\u0301" * 1000, "-" * 1000, "\n" * 1000, "7" * 1000,
+    " " * 1000, "\t" * 1000, "a " + " \t" * 500 + "\u3000" * 300 + "b", "'s" * 500])
+def test_a_long_piece_is_cut_and_comes_back(text, pattern):
+    tokenizer = Tokenizer(train_bpe(text + TEXT, 300), pattern)
+    pieces = list(tokenizer_module.split(text, pattern))
+    assert max(map(len, pieces)) <= LONGEST_PIECE and "".join(pieces) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text) == [i for piece in pieces for i in tokenizer.encode(piece)]
+    assert tokenizer.encode_batch(["the boat", text]) == [tokenizer.encode("the boat"), tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN])
+def test_ordinary_words_near_a_long_piece_keep_their_tokens(pattern, monkeypatch):
+    # a text with a long piece is encoded piece by piece: where nothing is cut, that must change nothing
+    rng = random.Random(0)
+    tokenizer = Tokenizer(RANKS, pattern)
+    texts = ["".join(rng.choices("ab '12.\n\ts\u00e9\u65e5\u3000\r\u2028-the", k=20)) for _ in range(2000)]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer_module, "LONG_RUN", regex.compile(r"\S|\s"))
+    assert [tokenizer.encode(text) for text in texts] == whole
+
+
+def test_a_genome_on_one_line_takes_seconds():
+    text = "".join(random.Random(0).choices("ACGT", k=100_000))
+    begun = time.process_time()
+    tokenizer = Tokenizer(train_bpe(text, 1000))
+    ids = tokenizer.encode(text)
+    assert time.process_time() - begun < 5 and tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize("token, starts", [
     (" the", True), ("\n", True), (".", True), ("a", False), ("7", False), ("ль", False),
 ])
@@ -144,8 +256,8 @@ def test_gpt2_offline_says_what_to_put_where(monkeypatch, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_gpt2_with_its_files_in_place_asks_no_network_and_keeps_its_pattern(monkeypatch, tmp_path):
-    small = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks={rank: i for i, rank in enumerate(RANKS)},
+def test_gpt2_with_its_files_in_place_asks_no_network_and_has_its_pattern(monkeypatch, tmp_path):
+    small = tiktoken.Encoding("small", pat_str=GPT2_PATTERN, mergeable_ranks={rank: i for i, rank in enumerate(RANKS)},
                               special_tokens={"<|endoftext|>": len(RANKS)})
     for url in GPT2_FILES:
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).touch()
@@ -153,7 +265,7 @@ def test_gpt2_with_its_files_in_place_asks_no_network_and_keeps_its_pattern(monk
     monkeypatch.setattr(requests, "head", None)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
     tokenizer = Tokenizer.gpt2()
-    assert (tokenizer.ranks, tokenizer.pattern, tokenizer.pad) == (RANKS, r"\S+|\s+", len(RANKS))
+    assert (tokenizer.ranks, tokenizer.pattern, tokenizer.pad) == (RANKS, GPT2_PATTERN, len(RANKS))
 
 
 def run(program, monkeypatch, tmp_path, *flags):
