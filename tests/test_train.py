@@ -15,7 +15,6 @@ import torch
 import data
 import evaluate
 import train
-from data.facts import prepare
 from tests.toy import FLAGS, PAIRS, write_corpus
 
 
@@ -366,26 +365,6 @@ def test_tokens_a_second_are_those_of_steps_and_not_of_evaluations(toy, monkeypa
               lambda step, optimizer: None)
     rates = [row["tok_s"] for row in log.rows if "tok_s" in row]
     assert rates == [cfg.batch_size * cfg.block_size] * 3
-
-
-def test_facts_whose_writing_was_cut_short_are_written_again(tmp_path, monkeypatch):
-    """Files of another vocabulary lie there, and those that were asked for replaced some of them."""
-    monkeypatch.setattr(prepare, "HERE", tmp_path)
-    for name in "facts.tsv templates.tsv invented.tsv prepare.py".split():
-        shutil.copy(Path(prepare.__file__).parent / name, tmp_path)
-    prepare.prepare(vocab_size=320)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
-    real = prepare.write
-    def cut(path, written):
-        if path.name == "val.bin":
-            raise OSError(28, "No space left on device")
-        real(path, written)
-    monkeypatch.setattr(prepare, "write", cut)
-    with pytest.raises(OSError):
-        prepare.prepare(vocab_size=300)
-    monkeypatch.setattr(prepare, "write", real)
-    prepare.prepare(vocab_size=320)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == files
 
 
 def test_a_question_that_was_taught_is_never_unknown_by_rounding():
