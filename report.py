@@ -30,7 +30,7 @@ class Log:
     """metrics.csv: one row per log step.
 
     rows: those of the checkpoint that is continued. Rows that an interrupted run logged after that
-    checkpoint are dropped. The file of an older run stays whole until the first write.
+    checkpoint are dropped. The file of an older run stays whole until the first flush.
     tokens and tok_s count tokens of text in phase 1, and questions in phases 2 and 3.
     """
     COLUMNS = (
@@ -46,26 +46,30 @@ class Log:
     def __init__(self, out, rows):
         self.path = Path(out) / "metrics.csv"
         self.rows = list(rows)
-        self.begun = False
+        self.written = None             # number of rows in the file; None: it is an older run's
 
-    def write(self, row):
-        """Append one row (a dict; columns may be missing)."""
+    def add(self, row):
+        """Remember one row (a dict; columns may be missing)."""
         self.rows.append(row)
-        if self.begun:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                self.write_rows(file, [row])
-            return
 
-        # The first write replaces the file: written beside and renamed, so that a process that
-        # dies leaves either the old file or the new one.
-        part = self.path.with_suffix(".part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            file.write(",".join(self.COLUMNS) + "\n")
-            self.write_rows(file, self.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
-        self.begun = True
+    def flush(self):
+        """Write the rows that were added since the last flush.
+
+        The first time the file is written beside and renamed: a process that dies leaves either
+        the old file or the new one.
+        """
+        if self.written is None:
+            part = self.path.with_suffix(".part")
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                file.write(",".join(self.COLUMNS) + "\n")
+                self.write_rows(file, self.rows)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path)
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                self.write_rows(file, self.rows[self.written:])
+        self.written = len(self.rows)
 
     def write_rows(self, file, rows):
         """Six significant digits: enough for a plot, and short to read."""
@@ -110,8 +114,8 @@ def read_metrics(folder):
         if len(cells) != len(header):
             raise ValueError(f"{path} is damaged: line {number} has {len(cells)} cells, "
                              f"the header has {len(header)}")
-        if cells[0] not in PHASES:
-            raise ValueError(f"{path} is damaged: line {number} names no phase")
+        if cells[0] not in PHASES or not cells[1]:
+            raise ValueError(f"{path} is damaged: line {number} names no phase or no step")
         rows.append({
             name: read_cell(path, number, name, cell)
             for name, cell in zip(header, cells) if cell
@@ -197,9 +201,11 @@ PANELS = (
 
 def value_of(row, column):
     """A value of a row, or None. spread is what `tjepa.health_word` compares with thresholds."""
-    if column == "spread":
-        return row["std"] * row["rank"] / row["bound"] if "std" in row else None
-    return row.get(column)
+    if column != "spread":
+        return row.get(column)
+    if not {"std", "rank", "bound"} <= row.keys():
+        return None
+    return row["std"] * row["rank"] / row["bound"]
 
 
 def points(rows, line, begin):
