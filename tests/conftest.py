@@ -1,13 +1,13 @@
-"""Drawing takes longer than training at toy size: only a test that looks at the picture draws it."""
+"""At toy size drawing takes longer than training: only the test of the picture draws one."""
 import pytest
 
 import report
 
 
 @pytest.fixture(autouse=True, scope="session")
-def draw():
-    """Replaces the drawing; the fixture's value is the real function."""
+def draw(tmp_path_factory):
+    """Replaces the drawing of curves; the value of the fixture is the real function."""
     real = report.draw_curves
-    report.draw_curves = lambda *args, **options: None
+    report.draw_curves = lambda *args, **kwargs: None
     yield real
     report.draw_curves = real
