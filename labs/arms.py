@@ -1,9 +1,7 @@
-"""What every lab shares: run the arms that are not on disk, tabulate mean and spread, write the table into a page."""
-import csv
+"""What the labs share: run the arms that have no results yet, and keep their figures."""
 import dataclasses
 import json
-import re
-import statistics
+import os
 import subprocess
 import sys
 import time
@@ -15,154 +13,168 @@ from pathlib import Path
 import torch
 
 import train
+from flags import read_flags
+from labs.records import REPOSITORY, append, file_of, read_rows, replace, results
 
-
-# how an arm may fail: what it was asked for, the disk, torch (or its process, whose end is a RuntimeError too)
+# how an arm may fail: bad input, the disk, torch (a process that dies is a RuntimeError too)
 FAILURES = ValueError, OSError, RuntimeError
+
 
 @dataclasses.dataclass
 class Flags:
     """Flags of a lab."""
-    seeds: int = 3              # how often each arm is run; the spread is over these seeds
-    arms: str = ""              # only these arms, comma separated: so that two processes can share the work
-    out: str = "out/labs"       # folder of the results, one a lab; an arm whose result lies there is not run again
-    redo: bool = False          # run every arm again
-    jobs: int = 1               # so many arms at once, each in a process of its own, with its share of the threads
-    fast: bool = False          # a few steps of everything: does it run? The figures mean nothing
-    table: str = ""             # write the table into this file, between its markers, instead of only printing it
+    seeds: int = 3              # number of runs of each arm; 0 runs nothing and shows what there is
+    arms: str = ""              # only these arms, comma separated: two processes can share the work
+    out: str = "out/labs"       # folder of checkpoints and logs, one folder per run
+    results: str = "labs/results"   # folder of the results files, relative to the repository
+    redo: bool = False          # measure again what has results, and replace them
+    jobs: int = 1               # number of runs at once, each in its own process
+    fast: bool = False          # a few steps of everything, to see that it runs
+    table: str = ""             # also write the table into this file, between its markers
 
+def folder_of(lab, flags):
+    """The folder of a lab's runs. ValueError for a table of a --fast run."""
+    if flags.fast and flags.table:
+        raise ValueError("--fast measures nothing: leave --table out")
+    return Path(flags.out) / (f"{lab}-fast" if flags.fast else lab)
 
 def commit():
-    """The commit that is measured; "-dirty" if the tree has changed since."""
-    return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    """The commit that is measured; "-dirty" if the code has changed since. Results are not code."""
+    git = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True)
+    name = git(["git", "describe", "--always"]).stdout.strip()
+    compared = git(["git", "diff", "--quiet", "HEAD", "--", ".", ":!labs/results"])
+    return name + "-dirty" * (compared.returncode == 1)
 
 def machine():
-    """Where a figure was measured, in words."""
+    """The device of a measurement, in words."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
-def settings(cfg):
-    """What an arm is, but for its seed and where it runs: its fields, as JSON has them."""
-    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("seed", "out", "device")}
-    return json.loads(json.dumps(fields))
+def in_short(cfg):
+    """The --fast version of an arm: two steps of each phase and a tiny model."""
+    steps = "pretrain_steps", "distill_steps", "speak_steps"
+    few = {name: min(2, getattr(cfg, name)) for name in steps}
+    return dataclasses.replace(cfg, **few, n_embd=32, n_layer=1, pred_embd=16, top_k=1, dec_layer=1,
+                               batch_size=8, qa_batch_size=16)
 
-def measured(path, cfg):
-    """Is the result of an arm on disk? ValueError if it is that of another arm which had its name."""
-    if not path.exists():
-        return False
-    then, now = json.loads(path.read_text()).get("config", {}), settings(cfg)
-    if other := [name for name in then if then[name] != now.get(name)]:
-        raise ValueError(f"{path} was measured with {other[0]}={then[other[0]]}, and now it is {now.get(other[0])}: "
-                         "take another --out, or remove its folder")
-    return True
+def default_of(field):
+    """The default of a dataclass field."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
-def run_arm(name, cfg, measure):
-    """Run one arm; its row is on disk, as result.json, the moment it is measured."""
-    figures = measure(cfg)
-    row = dict(arm=name, seed=cfg.seed, commit=commit(), device=machine(), config=settings(cfg))
-    (Path(cfg.out) / "result.json").write_text(json.dumps(row | figures))
-    return f"arm {name}, seed {cfg.seed}"
+def changes(cfg):
+    """The fields, but for seed, out and device, in which a run differs from its defaults, as JSON.
+
+    A path below --out is written as {out}/...: another --out is not another arm.
+    """
+    root, found = str(Path(cfg.out).parent.parent) + os.sep, {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in ("seed", "out", "device") or value == default_of(field):
+            continue
+        if isinstance(value, str) and value.startswith(root):
+            value = "{out}/" + value.removeprefix(root)
+        found[field.name] = value
+    return json.loads(json.dumps(found))
+
+def check_unchanged(path, arm, cfg):
+    """ValueError if the arm was measured with another configuration than it has now."""
+    new = changes(cfg)
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(cfg)}
+    for row in read_rows(path):
+        if row["arm"] != arm or row["figure"] != "config":
+            continue
+        old = json.loads(row["value"])
+        for name in sorted(old.keys() | new.keys()):
+            then, now = (part.get(name, defaults.get(name)) for part in (old, new))
+            if then != now:
+                raise ValueError(f"{path}: arm '{arm}' was measured with {name}={then} and now has "
+                                 f"{name}={now}; --redo measures it again")
+
+def missing(lab, names, flags):
+    """(arm, seed) of the runs that are still to be measured; with --redo all of them."""
+    there = set()
+    for row in read_rows(file_of(lab, flags)):
+        seeds = [int(row["seed"])] if row["seed"] else range(int(row["seeds"]))
+        there.update((row["arm"], seed) for seed in seeds)
+    every = [(name, seed) for seed in range(flags.seeds) for name in names]
+    return [run for run in every if flags.redo or run not in there]
+
+def run_arm(arm, cfg, measure):
+    """Measure one arm with one seed. Returns its rows: the configuration, then a row per figure."""
+    found = measure(cfg)
+    figures = dict(config=json.dumps(changes(cfg), separators=(",", ":"))) | found
+    shared = dict(arm=arm, seed=cfg.seed, deviation="", seeds=1, commit=commit(), device=machine())
+    rows = []
+    for name, value in figures.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        rows.append(shared | dict(figure=name, value=text))
+    return rows
 
 def finish(todo, jobs):
-    """Run the arms of todo, jobs at once; yields the name of each that is done. One that fails stops no other: its
-    error is said at once, and the first one is raised at the end."""
+    """Do the runs of todo, jobs at a time; yields the rows of each that is done.
+
+    A failed run does not stop the rest: its error is printed, and the first is raised at the end.
+    """
     failed = []
-    def name_of(result):
-        """Of an arm that is done, or None; result: a function that returns the name, or raises what went wrong."""
+
+    def rows_of(result):
+        """The rows that result() returns, or None if it raises."""
         try:
             return result()
         except FAILURES as error:
             print(f"an arm failed: {error!r}", flush=True)
             failed.append(error)
     if jobs == 1:
-        yield from filter(None, (name_of(partial(run_arm, *one)) for one in todo))
+        yield from filter(None, (rows_of(partial(run_arm, *run)) for run in todo))
     else:
-        threads = max(1, torch.get_num_threads() // jobs)       # else those of all arms contend for the same cores
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            runs = as_completed([pool.submit(run_arm, *one) for one in todo])
-            yield from filter(None, (name_of(run.result) for run in runs))
+        # with all threads in each process they would wait for the same cores
+        threads = max(1, torch.get_num_threads() // jobs)
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+            runs = as_completed([pool.submit(run_arm, *run) for run in todo])
+            yield from filter(None, (rows_of(run.result) for run in runs))
     if failed:
         raise failed[0]
 
 def chosen(flags, arms):
-    """Names of the arms that --arms asks for, all without it; ValueError names those that there are."""
+    """The names that --arms asks for, all without it. ValueError if there is no such arm."""
     names = flags.arms.split(",") if flags.arms else list(arms)
-    if unknown := [name for name in names if name not in arms]:
-        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join(arms)}")
+    for name in names:
+        if name not in arms:
+            raise ValueError(f"--arms={name}: this lab has {', '.join(arms)}")
     return names
 
-def folder_of(lab, flags):
-    """Where the results of a lab lie."""
-    if flags.fast and flags.table:
-        raise ValueError("--fast measures nothing: leave --table out")
-    return Path(flags.out) / (lab + "-fast" * flags.fast)
-
-def results(lab, flags):
-    """Rows of all that a lab has on disk: arm, seed, commit and figures. <out>/<lab>.csv holds them too."""
-    folder = folder_of(lab, flags)
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".csv"), "w", newline="") as file:
-        names = sorted({name for row in rows for name in row if name != "config"})
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
 def run_arms(lab, arms, flags, measure=train.run):
-    """Run each arm (name -> Config) once a seed, as far as its result is not on disk; returns all `results`."""
-    folder = folder_of(lab, flags)
-    todo = [(name, dataclasses.replace(arms[name], seed=seed, out=str(folder / f"{name}_{seed}")), measure)
-            for seed in range(flags.seeds) for name in chosen(flags, arms)
-            if flags.redo or not measured(folder / f"{name}_{seed}" / "result.json", arms[name])]
-    started = time.perf_counter()
-    for i, name in enumerate(finish(todo, flags.jobs), 1):
-        eta = (time.perf_counter() - started) / 60 / i * (len(todo) - i)
-        print(f"{lab}: {name} is done; {len(todo) - i} runs left, about {eta:.0f} minutes", flush=True)
+    """Run each arm (name -> Config) with each seed that has no results yet; returns all `results`.
+
+    The figures are in the results file the moment they are measured. ValueError if an arm was
+    measured with another configuration; the first error of a failed run, after all others have run.
+    """
+    folder, path, names = folder_of(lab, flags), file_of(lab, flags), chosen(flags, arms)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    todo = missing(lab, names, flags)
+    if skipped := flags.seeds * len(names) - len(todo):
+        print(f"{lab}: {skipped} runs are in {path} and are skipped; --redo measures them again")
+    placed = {}
+    for name in names:
+        for seed in range(flags.seeds):
+            out = str(folder / f"{name}_{seed}")
+            placed[name, seed] = dataclasses.replace(arms[name], seed=seed, out=out)
+        if flags.seeds and not flags.redo:
+            check_unchanged(path, name, placed[name, 0])
+    started, left = time.perf_counter(), len(todo)
+    for rows in finish([(name, placed[name, seed], measure) for name, seed in todo], flags.jobs):
+        (replace if flags.redo else append)(path, rows)
+        left -= 1
+        minutes = (time.perf_counter() - started) / 60 / (len(todo) - left) * left
+        print(f"{lab}: arm {rows[0]['arm']}, seed {rows[0]['seed']} is done; "
+              f"{left} runs left, about {minutes:.0f} minutes", flush=True)
     return results(lab, flags)
 
-def markdown(lines):
-    """A markdown table from lists of cells; the first is the header."""
-    header, *rest = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rest])
-
-def table(rows, arms, columns):
-    """A markdown table: an arm a row, mean ± standard deviation over its seeds; columns: title -> name of a figure."""
-    def cell(arm, name):
-        """One figure of one arm; a missing number is a word, never a dash."""
-        values = [row[name] for row in rows if row["arm"] == arm and name in row]
-        if not values:
-            return "not measured"
-        if isinstance(values[0], str):
-            return ", ".join(sorted(set(values)))
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        few = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(values), "")            # three are what is asked for
-        return f"{statistics.mean(values):.3f}{spread}{few}"
-    seen = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
-    return markdown([["arm", *columns], *([arm, *(cell(arm, name) for name in columns.values())] for arm in seen)])
-
-def tables(rows, parts):
-    """Markdown: a titled table for each of parts, title -> (arms, columns), of which any arm was measured."""
-    return "\n\n".join(f"{title}:\n\n{table(rows, arms, columns)}" for title, (arms, columns) in parts.items()
-                       if any(row["arm"] in arms for row in rows))
-
-def publish(lab, rows, text, path):
-    """Print a table; with a path, write it between <!-- lab --> and <!-- /lab --> there, with command and commits."""
-    print(text)
-    if path:
-        commits, devices = (", ".join(sorted({row.get(name, "a CPU") for row in rows}))
-                            for name in ("commit", "device"))
-        body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit {commits} on "
-                f"{devices}.\n\n"
-                f"{text}\n<!-- /{lab} -->")
-        page, n = re.subn(f"<!-- {lab} -->.*?<!-- /{lab} -->", lambda _: body, Path(path).read_text(), flags=re.DOTALL)
-        if not n:
-            raise ValueError(f"--table={path} has no place for it: add the lines <!-- {lab} --> and <!-- /{lab} -->")
-        Path(path).write_text(page)
-
 def main(lab, kind=Flags):
-    """Run a lab's main(flags) with the usual manners; kind: its flags, where it has more of them."""
+    """Run a lab's main(flags) from the command line; bad input is one line and exit code 2."""
     try:
-        lab(kind(**train.read_flags(kind, None, f"labs.{lab.__name__}")))
+        lab(kind(**read_flags(kind, None, f"labs.{lab.__name__}")))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

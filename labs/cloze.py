@@ -36,8 +36,9 @@ import evaluate
 import tjepa
 import train
 from labs import pretraining
-from labs.arms import main, publish, results, run_arms, table
+from labs.arms import main, results, run_arms
 from labs.controls import MASKED_LM
+from labs.tables import by_seed, publish, table
 
 # arms of labs.pretraining, and their names here
 CONTROLS = {f"facts 7M {arm}": f"{arm}, of labs.pretraining" for arm in ("masked LM", "default")}
@@ -78,6 +79,8 @@ COLUMNS = {"cloze": "cloze_all", "by angle": "angle_all", "calibrated": "calibra
            "by words": "cloze_tokens_all", "same length": "cloze_same", "relation": "relation",
            "continent": "continent", "kind": "kind", "mean of the probes": "probes"}
 
+
+SEED_0, OTHERS = ", seed 0", ", other seeds"        # arms whose names end so are means of these seeds alone
 
 class Angle:
     """A T-JEPA that is asked by the angle between its guess and the target: how long a guess is does not count."""
@@ -194,13 +197,24 @@ def beside(rows):
     return [(without_sums(row) if "masked" in row["arm"] else row) | dict(arm=CONTROLS[row["arm"]])
             for row in rows if row["arm"] in CONTROLS]
 
+def means_of(rows, part):
+    """Rows that an older table had of a part of the seeds, under the names of their arms."""
+    names = {f"{name}{part}": name for name in (*CONTROLS.values(), *ARMS)}
+    means = [row for row in rows if row["seed"] is None and row["arm"] in names]
+    if not part:        # arms of one seed stand there too
+        means = [row for row in means if row["cloze_all"].seeds > 2]
+    return [row | dict(arm=names[row["arm"]]) for row in means]
+
 def tables(rows):
     """All tables as markdown: seed 0 of all arms, by which ways were picked, the seeds that nothing was picked by, and
     all seeds together, of arms that have three."""
-    names, seeds = [*CONTROLS.values(), *ARMS], collections.Counter(row["arm"] for row in rows)
-    titled = {"Seed 0": [row for row in rows if row["seed"] == 0],
-              "Other seeds, by which nothing was picked": [row for row in rows if row["seed"] > 0],
-              "All seeds, of arms that have three": [row for row in rows if seeds[row["arm"]] > 2]}
+    names, known = [*CONTROLS.values(), *ARMS], by_seed(rows)
+    seeds = collections.Counter(row["arm"] for row in known)
+    titled = {"Seed 0": [row for row in known if row["seed"] == 0] + means_of(rows, SEED_0),
+              "Other seeds, by which nothing was picked":
+              [row for row in known if row["seed"] > 0] + means_of(rows, OTHERS),
+              "All seeds, of arms that have three":
+              [row for row in known if seeds[row["arm"]] > 2] + means_of(rows, "")}
     return "\n\n".join(f"{title}:\n\n{table(some, names, COLUMNS)}" for title, some in titled.items() if some)
 
 def cloze(flags):
@@ -213,7 +227,7 @@ def cloze(flags):
     data.load(DEFAULT)      # writes the facts, if they are not there yet: arms side by side would write them at once
     controls = beside(results("pretraining", flags))
     if not controls:
-        print(f"{flags.out} has no controls: run `python -m labs.pretraining --budget=7M --world=facts "
+        print(f"{flags.results} has no controls: run `python -m labs.pretraining --budget=7M --world=facts "
               "--arms=\"default,masked LM\"` for them")
     rows = controls + run_arms("cloze", arms, flags, measure)
     publish("cloze", rows, tables(rows), flags.table)

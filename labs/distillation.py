@@ -31,9 +31,7 @@ against .794; from scratch and in phase 1 alone .759. Large ones have train.py's
 "thoughts only" has none.
 """
 import dataclasses
-import json
 import math
-import statistics
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +42,11 @@ import data
 import evaluate
 import train
 from align import Teacher
-from labs.arms import FAILURES, chosen, main, markdown, publish, results, run_arms, tables
+from labs.arms import FAILURES, chosen, main, missing, results, run_arms
 from labs.controls import MASKED_LM, Reader
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.speed import count_flops
+from labs.tables import by_seed, figure_of, markdown, over_seeds, publish, tables
 
 SIZES = {"large": {}, "medium": dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
          "small": dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2)}
@@ -55,6 +54,7 @@ TINY = {"large": dict(n_embd=32, pred_embd=16, n_layer=2, top_k=2),
         "medium": dict(n_embd=16, pred_embd=16, n_layer=2, top_k=2),
         "small": dict(n_embd=8, pred_embd=8, n_layer=1, top_k=1)}
 STEPS, FASTER = 800, 3
+COST = "flops.txt"      # file in a run's folder: what it cost before phase 3
 # part of a route that imitates -> --align; the text's is Config.text
 IMITATE = dict(text="", thoughts="thought", both="tokens+pooled+thought")
 
@@ -117,13 +117,13 @@ def students(fast):
 
 LATER = ("small by way of medium", "medium from scratch equal compute", "small from scratch equal compute")
 
-def later(fast, folder, names):
-    """The third stage: those of LATER in names, which are made from results of the second that lie in folder."""
+def later(fast, rows, names):
+    """The third stage: those of LATER in names, which are made from rows of the second."""
     def pflop(arm):
         """What an arm cost: the same with any seed."""
-        if not (found := sorted(folder.glob(f"{arm}_*/result.json"))):
-            raise ValueError(f"--arms: run '{arm}' first, what has the same compute is made from its result")
-        return json.loads(found[0].read_text())["pflop"]
+        if not (found := values(rows, arm, "pflop")):
+            raise ValueError(f"--arms: run --arms='{arm}' --redo first, what has the same compute is made from it")
+        return found[0]
     arms = {}
     for name in names:
         size, *_ = name.split()
@@ -269,21 +269,28 @@ def measure(cfg):
         if cfg.size != "large":                         # those may still be trained beside this one
             figures |= likeness(mine, open_arm(cfg, place(cfg, "large T-JEPA"), corpus)[0])
     if IMITATE.keys() & set(cfg.route.split()):
-        flops += json.loads((place(cfg, cfg.versus) / "result.json").read_text())["pflop"] * 1e15
+        flops += float((place(cfg, cfg.versus) / COST).read_text())
     size = sum(p.numel() for p in (mine.model if "lm" in cfg.route else mine.model.target).parameters())
+    (Path(cfg.out) / COST).write_text(str(flops))       # for those that it teaches
     return figures | dict(pflop=flops / 1e15, millions=size / 1e6)
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 def values(rows, arm, name):
     """A figure of an arm, one number a seed."""
-    return [row[name] for row in rows if row["arm"] == arm and name in row]
+    return [row[name] for row in by_seed(rows) if row["arm"] == arm and name in row]
 
 def verdict(mine, other):
     """Words for the difference of two arms' figures, one number a seed each: a tie if it is within their spreads."""
     if len(mine) < 2 or len(other) < 2:
         return "not measured"
-    gap, spread = statistics.mean(mine) - statistics.mean(other), statistics.stdev(mine) + statistics.stdev(other)
-    return f"{'tie' if abs(gap) <= spread else 'above' if gap > 0 else 'below'} ({gap:+.3f})"
+    return compared(figure_of(mine), figure_of(other))
+
+def compared(mine, other):
+    """As `verdict`, of two `Figure`s or None."""
+    if not mine or not other or min(mine.seeds, other.seeds) < 2:
+        return "not measured"
+    gap, spread = mine.mean - other.mean, mine.deviation + other.deviation
+    return f"{'tie' if abs(gap) <= spread + 1e-9 else 'above' if gap > 0 else 'below'} ({gap:+.3f})"
 
 def retained(rows):
     """Rows with what they keep of the large T-JEPA of their seed: EM in new phrasings, as a share; and of the probes'
@@ -291,7 +298,7 @@ def retained(rows):
     def find(arm, seed):
         """Another arm's row of a seed, or {}."""
         return next((row for row in rows if (row["arm"], row["seed"]) == (arm, seed)), {})
-    for row in rows:
+    for row in by_seed(rows):
         large, low = find("large T-JEPA", row["seed"]), find(f"{row['arm'].split()[0]} untrained", row["seed"])
         for split_ in ("DEC", "LAT"):
             name = f"em_{split_}_heldout"
@@ -338,29 +345,29 @@ def verdicts(rows):
     """Markdown: what was promised, and each question of the claims, arm against control."""
     def reached(name, least):
         """A promise of the medium student's, and what became of it."""
-        found = values(rows, "medium distilled", name)
-        return [f"{statistics.mean(found):.3f}", "kept" if statistics.mean(found) >= least else "not kept"] if found \
+        found = over_seeds(rows, "medium distilled", name)
+        return [f"{found.mean:.3f}", "kept" if found.mean >= least else "not kept"] if found \
             else ["not measured", "not measured"]
     promised = [["medium distilled", "promised", "found", "verdict"],
                 *([title, f"{least:.2f}", *reached(name, least)] for title, name, least in (
                     ("DEC new, of large T-JEPA's", "kept_DEC", 0.95), ("LAT new, of large T-JEPA's", "kept_LAT", 0.95),
                     ("CKA", "cka", 0.90)))]
     asked = [["claim and question (a tie: within the two spreads added)", *FIGURES],
-             *([title, *(verdict(values(rows, arm, name), values(rows, other, name)) for name in FIGURES.values())]
-               for title, arm, other in QUESTIONS)]
+             *([title, *(compared(*(over_seeds(rows, each, name) for each in (arm, other)))
+                         for name in FIGURES.values())] for title, arm, other in QUESTIONS)]
     return f"{markdown(promised)}\n\n{markdown(asked)}"
 
 
 def distillation(flags):
     """Teachers, students, and what follows from their results; then the tables."""
     flags = dataclasses.replace(flags, seeds=1) if flags.fast else flags
-    folder = Path(flags.out) / ("distillation" + "-fast" * flags.fast)
     first, second = teachers(flags.fast), students(flags.fast)
     every = [*first, *second, *LATER]
     wanted, failed = chosen(flags, every), None
     for stage in first, second, None:
         try:
-            arms = stage or later(flags.fast, folder, [name for name in LATER if name in wanted])
+            rest = {name for name, _ in missing("distillation", [name for name in LATER if name in wanted], flags)}
+            arms = stage or later(flags.fast, results("distillation", flags), [name for name in LATER if name in rest])
             if mine := [name for name in arms if name in wanted]:
                 run_arms("distillation", arms, dataclasses.replace(flags, arms=",".join(mine)), measure)
         except FAILURES as error:       # the next stage can do without one arm of this one

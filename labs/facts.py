@@ -41,10 +41,11 @@ import tjepa
 import train
 from data.facts import prepare
 from labs import teachers
-from labs.arms import FAILURES, chosen, main, publish, results, run_arms, tables
+from labs.arms import FAILURES, chosen, in_short, main, results, run_arms
 from labs.controls import MASKED_LM, MaskedLM
 from labs.distillation import FASTER, SIZES
 from labs.llm_jepa import join
+from labs.tables import publish, tables
 
 SEVERAL = 10        # the first seed of the levers
 
@@ -371,7 +372,7 @@ def measure(cfg):
     if cfg.start and cfg.way != "gpt":
         begin(cfg)
     way = {"t-jepa": t_jepa, "gpt": gpt, "constant": constant, "shuffled": shuffled, "continual": continual}[cfg.way]
-    return way(cfg) | dict(seed=cfg.seed)
+    return way(cfg)
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 def distilled(**change):
@@ -482,12 +483,6 @@ LEVERS = {f"lever {name}": cfg for name, cfg in {
 }.items()}
 ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 
-def in_short(cfg):
-    """A few steps of an arm."""
-    few = {steps: min(2, getattr(cfg, steps)) for steps in ("pretrain_steps", "distill_steps", "speak_steps")}
-    return dataclasses.replace(cfg, **few, every=40, n_embd=32, n_layer=1, pred_embd=16, top_k=1, dec_layer=1,
-                               batch_size=8, qa_batch_size=16)
-
 def by_phrasing(figure, *splits, title=""):
     """Columns: a figure by split and phrasing."""
     return {f"{title}{split} {phrasing}": f"{figure}_{split}{tail}" for split in splits
@@ -542,7 +537,8 @@ def facts(flags):
     data.load(Config())         # writes the corpus if it is missing: once, and not in each of the processes
     arms, failed = ARMS, []
     if flags.fast:
-        flags, arms = dataclasses.replace(flags, seeds=1), {name: in_short(cfg) for name, cfg in ARMS.items()}
+        flags = dataclasses.replace(flags, seeds=1)
+        arms = {name: dataclasses.replace(in_short(cfg), every=40) for name, cfg in ARMS.items()}
         evaluate.draw_curves = lambda rows, phases, path: None          # it takes longer than all else then
     wanted = chosen(flags, arms)
     first = {name for arm in wanted for name in [arms[arm].start, *re.findall("{(.*?)}", arms[arm].teacher)] if name}

@@ -47,9 +47,10 @@ import torch
 import evaluate
 import tjepa
 import train
-from labs.arms import Flags, main, markdown, publish, run_arms, table
+from labs.arms import Flags, main, run_arms
 from labs.controls import MASKED_LM
 from labs.measures import logistic_probe
+from labs.tables import by_seed, cell as cell_of, markdown, over_seeds, publish, table
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
 
@@ -210,9 +211,33 @@ def cell(stars, tried):
     return ", ".join(f"< {min(tried)}" if p == 0 else f"> {max(tried)}" if p == math.inf else f"{p:.0f}"
                      for _, p in sorted(stars.items())) or "not measured"
 
+def older(rows):
+    """The objectives whose P* is known from an older table alone, which has no seeds."""
+    measured = {row["objective"] for row in by_seed(rows)}
+    known = {row["arm"] for row in rows if row["seed"] is None}
+    return [name for name in OBJECTIVES if name in known - measured]
+
+def older_summary(rows, objective, columns):
+    """The line of `summary` of an objective as an older table had it."""
+    stars = [over_seeds(rows, objective, f"needed_L{depth}_level_{level}") for depth, level in columns.values()]
+    depths = {depth for depth, _ in columns.values()}
+    slope = over_seeds(rows, objective, "slope_over_levels" if len(depths) == 1 else "slope_over_depths")
+    return [objective, *map(cell_of, stars), f"{slope.mean:.2f} ± {slope.deviation:.2f}" if slope else "not measured"]
+
+def older_probes(rows, depth):
+    """The table of `probes` from words of an older table, in which a cell has a figure a seed."""
+    lines, name = [["objective", *(f"P = {size}" for size in SIZES[depth])]], f"level_{depth - 1}_by_seed"
+    for objective in (FLOOR, *OBJECTIVES):
+        arms = [f"{objective} L{depth}" + f" P{size}" * (objective != FLOOR) for size in SIZES[depth]]
+        if any(found := [over_seeds(rows, arm, name) for arm in arms]):
+            lines.append([objective, *map(cell_of, found)])
+    return markdown(lines)
+
 def summary(rows, columns):
     """A table of P*, an objective a row. columns: title -> (depth, level); the slope is over the columns."""
     lines = [["objective", *columns, "slope of log P* / log m (tokens: 1, latents: 0)"]]
+    lines += [older_summary(rows, objective, columns) for objective in older(rows)]
+    rows = by_seed(rows)
     for objective in [name for name in OBJECTIVES if any(row["objective"] == name for row in rows)]:
         needed = {at: samples_needed(rows, objective, *at) for at in columns.values()}
         tried = {at: [row["sentences"] for row in rows if (row["objective"], row["depth"]) == (objective, at[0])]
@@ -225,7 +250,9 @@ def summary(rows, columns):
 
 def probes(rows, depth):
     """A table of the probe of the highest level that has surroundings, an objective a row and a P a column."""
-    here = [row for row in rows if row["depth"] == depth]
+    here = [row for row in by_seed(rows) if row["depth"] == depth]
+    if not here:
+        return older_probes(rows, depth)
     sizes = sorted({row["sentences"] for row in here if row["objective"] != FLOOR})
     lines = [["objective", *(f"P = {size}" for size in sizes)]]
     for objective in (FLOOR, *OBJECTIVES):
@@ -306,12 +333,17 @@ def hierarchy(flags):
         arms = grid(sizes, dict(n_embd=16, pred_embd=16, n_layer=1, top_k=1, n_head=2, pred_layer=1, batch_size=8,
                                 pretrain_steps=2, nodes=100))
     rows = run_arms("hierarchy", arms, flags, measure)
-    depths = sorted({row["depth"] for row in rows if row["objective"] == FLOOR})
+    known = by_seed(rows)
+    depths = sorted({row["depth"] for row in known if row["objective"] == FLOOR})
+    if not known and rows:
+        depths = list(SIZES)
+        print("hierarchy: no figures by seed are kept, so the tables are the older ones and there is no figure")
     if not depths:
         raise ValueError(f"--arms={flags.arms}: P* is measured from the random-init encoder: name {FLOOR} L4 as well")
-    draw(rows, depths, path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
     publish("hierarchy", rows, page(rows, arms, depths), flags.table)
-    print(f"figure: {path}")
+    if known:
+        draw(known, depths, path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
+        print(f"figure: {path}")
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ import tjepa
 import train
 from data.nlrx.prepare import leaked, majority
 from labs import controls
-from labs.arms import main, markdown, publish, run_arms, table
+from labs.arms import main, run_arms
 from labs.collapse import read_run
 from labs.measures import rankme
+from labs.tables import by_seed, markdown, over_seeds, publish, table
 
 FOLDER = Path(data.__file__).parent / "nlrx"
 # what is one token: a class such as [A-Z], a count, \b, .*, a word with its space, or any one character
@@ -367,15 +368,15 @@ def shrunk(cfg):
 
 def best_of_map(rows, out):
     """Lambda and k of the arm of the map that is best on training pairs held out, and a sentence that says so."""
-    dev = {name: [row["dev"] for row in rows if row["arm"] == name] for name in MAP}
-    if missing := [name for name, values in dev.items() if not values]:
-        raise ValueError(f"--out={out} has no result of the arm {missing[0]}, and lambda and k are chosen by the map: "
+    dev = {name: over_seeds(rows, name, "dev") for name in MAP}
+    if missing := [name for name, found in dev.items() if not found]:
+        raise ValueError(f"there is no result of the arm {missing[0]}, and lambda and k are chosen by the map: "
                          f"run `python -m labs.llm_jepa --arms=map --out={out}` first")
-    mean = {name: statistics.mean(values) for name, values in dev.items()}
+    mean = {name: found.mean for name, found in dev.items()}
     best = max(mean, key=mean.get)
     return dict(latent=MAP[best].latent, k=MAP[best].k), (
         f"The latent arms take {best}, the arm of the map that is best on held-out training pairs: "
-        f"dev {mean[best]:.3f}, {len(dev[best])} seeds; the worst has {min(mean.values()):.3f}.")
+        f"dev {mean[best]:.3f}, {dev[best].seeds} seeds; the worst has {min(mean.values()):.3f}.")
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 ANSWERS = {"latent term": "term", "exact match": "exact", "prefix match": "prefix", "over-generation": "over",
@@ -387,15 +388,17 @@ BOTH = {name: ANSWERS[name] for name in ("latent term", "exact match", "prefix m
 
 def gains(rows):
     """What the latent term adds to an arm that is otherwise the same, seed by seed: markdown."""
-    of = {(row["arm"], row["seed"]): row for row in rows}
+    of = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
     lines = [["with", "without", "exact match", "prefix match", "over-generation"]]
 
     def gain(arm, control, name):
         """Mean ± standard deviation of the differences, and how many seeds are above 0."""
         found = [row[name] - of[control, seed][name] for (other, seed), row in of.items()
                  if other == arm and (control, seed) in of]
-        if not found:
-            return "not measured"
+        if not found:       # an older table has the difference itself, under the name of the two arms
+            older, above = (over_seeds(rows, f"{arm} - {control}", figure) for figure in (name, f"{name}_above"))
+            return f"{older.mean:+.3f} ± {older.deviation:.3f} ({above.mean} of {older.seeds} seeds)" if older \
+                else "not measured"
         spread = f" ± {statistics.stdev(found):.3f}" if found[1:] else ""
         return f"{statistics.mean(found):+.3f}{spread} ({sum(x > 0 for x in found)} of {len(found)} seeds)"
     pairs = [(f"{size} latent{tail}", f"{size}{other}") for size in STEPS for tail, other in (
@@ -429,9 +432,9 @@ def draw_square(rows, path):
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, dict(exact="exact match", prefix="prefix match: exact, or too long").items()):
         for i, case in enumerate(("", " latent", " no-EOS", " latent no-EOS", " twice the steps", " table")):
-            at = {size * 1.03 ** i: [row[name] for row in rows if row["arm"] == f"{size}{case}"] for size in STEPS}
+            at = {size * 1.03 ** i: over_seeds(rows, f"{size}{case}", name) for size in STEPS}
             x, y = list(filter(at.get, at)), list(filter(None, at.values()))
-            axis.errorbar(x, list(map(statistics.mean, y)), [statistics.stdev(v) if v[1:] else 0 for v in y], capsize=3,
+            axis.errorbar(x, [found.mean for found in y], [found.deviation or 0 for found in y], capsize=3,
                           fmt="--o" if "no-EOS" in case else "-o", label=case.strip() or "cross-entropy")
         axis.set(title=title, xscale="log", xlabel="training pairs", ylim=(-0.02, 1))
     axes[0].legend(fontsize=8)

@@ -47,10 +47,11 @@ import evaluate
 import tjepa
 import train
 from labs import arms as shared
-from labs.arms import main, markdown, publish, run_arms, table
+from labs.arms import in_short, main, missing, run_arms
 from labs.collapse import continents
 from labs.controls import MASKED_LM, MaskedLM, Reader
 from labs.measures import features, logistic_probe, rankme
+from labs.tables import by_seed, markdown, publish, table
 
 FOLDER = Path(data.__file__).parent
 TEXT = FOLDER / "wordnet" / "input.txt"
@@ -378,17 +379,18 @@ def finals(worlds, names, budgets, tuned):
     return arms
 
 def joined(rows, budget):
-    """One row an arm and seed: its figures in all worlds, and the mean of all their probes, where all were measured."""
+    """One row an arm and seed: its figures in all worlds, and the mean of all their probes, where all were measured.
+    Rows of older tables have that mean under the world "facts,glosses"."""
     found = collections.defaultdict(dict)
     for row in rows:
         world, tokens, arm = row["arm"].split(" ", 2)
         if tokens == budget:
-            tail = dict(rank=f"rank_{world}", probes=f"probes_{world}")
+            tail = dict(rank=f"rank_{world}", probes=f"probes_{world}") if world in PROBES else {}
             figures = {tail.get(name, name): value for name, value in row.items() if name not in ("curve", "lr")}
             found[arm, row["seed"]] |= figures | dict(arm=arm)
     every = [name for names in PROBES.values() for name in names]
-    return [row | (dict(probes=statistics.mean(row[name] for name in every)) if row.keys() >= set(every) else {})
-            for row in found.values()]
+    return [row | (dict(probes=statistics.mean(row[name] for name in every))
+                   if row.get("seed") is not None and row.keys() >= set(every) else {}) for row in found.values()]
 
 COLUMNS = {name: name for names in PROBES.values() for name in names} | {
     "mean, facts": "probes_facts", "mean, glosses": "probes_glosses", "mean of all": "probes", "cloze": "cloze_all",
@@ -430,7 +432,7 @@ def draw(rows, path):
     for axis, (title, (world, name)) in zip(axes, panels.items()):
         for arm, colour in zip(ARMS, colormaps["tab20"].colors):
             at = collections.defaultdict(list)
-            for row in rows:
+            for row in by_seed(rows):
                 if row["arm"] == f"{world} {list(BUDGETS)[-1]} {arm}":
                     for look in row["curve"]:
                         at[look["tokens"]] += [look[name]] if name in look else []
@@ -446,21 +448,29 @@ def draw(rows, path):
 def pretraining(flags):
     """Choose learning rates, run the arms, write the tables and the figure."""
     names, budgets = flags.arms.split(",") if flags.arms else list(ARMS), flags.budget.split(",")
-    worlds = {world: vocabulary(Path(flags.out) / "pretraining_text", flags.fast) if world == "glosses" else {}
-              for world in flags.world.split(",")}
+    seeds = min(flags.seeds, 1) if flags.fast else flags.seeds
     data.load(Config())     # writes the facts, if they are not there yet: runs side by side would write them at once
-    def run(lab, arms, seeds):
-        """Run them on disk or anew: rows."""
-        arms = {name: dataclasses.replace(cfg, pretrain_steps=min(2, cfg.pretrain_steps), eval_every=1, n_embd=32,
-                                          pred_embd=16, batch_size=8, stride=25)
-                for name, cfg in arms.items()} if flags.fast else arms
-        return run_arms(lab, arms, dataclasses.replace(flags, arms="", seeds=seeds), measure)
-    tuned = run("pretraining_tuning", tuning(worlds, names, GRID[:1] if flags.fast else GRID), 1)
-    arms = finals(worlds, names, budgets[-1:] if flags.fast else budgets, tuned)
-    rows = run("pretraining", arms, 1 if flags.fast else flags.seeds)
-    draw(rows, path := Path(flags.out) / f"pretraining{'-fast' * flags.fast}.png")
+    def run(lab, arms_of, seeds):
+        """Run those that are missing: all rows. arms_of: fields of each world -> arms. Without a missing run of the
+        glosses their text is not needed."""
+        few = dataclasses.replace(flags, arms="", seeds=seeds)
+        worlds = {world: {} for world in flags.world.split(",")}
+        if "glosses" in worlds:
+            if any(name.startswith("glosses ") for name, _ in missing(lab, arms_of(worlds), few)):
+                worlds["glosses"] = vocabulary(Path(flags.out) / "pretraining_text", flags.fast)
+            else:
+                del worlds["glosses"]
+        arms = {name: dataclasses.replace(in_short(cfg), n_layer=cfg.n_layer, top_k=cfg.top_k, eval_every=1, stride=25)
+                if flags.fast else cfg for name, cfg in arms_of(worlds).items()}
+        return run_arms(lab, arms, few, measure)
+    grid = GRID[:1] if flags.fast else GRID
+    tuned = run("pretraining_tuning", lambda worlds: tuning(worlds, names, grid), min(1, seeds))
+    long = budgets[-1:] if flags.fast else budgets
+    rows = run("pretraining", lambda worlds: finals(worlds, names, long, tuned), seeds)
     publish("pretraining", rows, tables(rows, tuned), flags.table)
-    print(f"figure: {path}")
+    if by_seed(rows):
+        draw(rows, path := Path(flags.out) / f"pretraining{'-fast' * flags.fast}.png")
+        print(f"figure: {path}")
 
 
 if __name__ == "__main__":

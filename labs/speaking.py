@@ -32,9 +32,10 @@ import data
 import evaluate
 import train
 from labs import measures
-from labs.arms import main, publish, run_arms, tables
+from labs.arms import in_short, main, run_arms
 from labs.controls import GPT
 from labs.llm_jepa import join
+from labs.tables import by_seed, publish, tables
 
 IDK = "I don't know"
 SHARED = "phases 1 and 2"       # the arm that the others copy
@@ -89,7 +90,7 @@ def begin(cfg):
     shared = Path(cfg.out).parent / f"{SHARED}_{cfg.seed}"
     own_phase_2 = cfg.encoder == "joint" or cfg.idk == "latent"
     if not (shared / "ckpt.pt").exists():
-        raise ValueError(f"--out: {shared} holds no phases 1 and 2: run --arms='{SHARED}' first")
+        raise ValueError(f"--out: {shared} holds no phases 1 and 2: run --arms='{SHARED}' --redo first")
     checkpoint = train.load_checkpoint(shared / "read" if own_phase_2 else shared)
     corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]))
     weights = None if cfg.encoder == "random" else checkpoint["model"]
@@ -601,7 +602,7 @@ def draw(folder, rows, seeds, path):
     pulls.set(title="gradients of L_latent and L_token, and nulls: cosine", xlabel="step")
     for arm in MEMORIES:
         way = 25, 50, 75, 100
-        if found := [row for row in rows if row["arm"] == arm]:
+        if found := [row for row in by_seed(rows) if row["arm"] == arm]:
             lines = [[row[f"follow_shift_{part}_LAT"] for part in way] for row in found]
             edits.plot(way, mean(lines), "o-", label=arm, linewidth=1)
     edits.set(title="thought of a LAT question moved towards a rival: it is said", xlabel="% of the way")
@@ -620,18 +621,18 @@ def speaking(flags):
     arms = ARMS
     if flags.fast:
         flags = dataclasses.replace(flags, seeds=1)
-        few = dict(n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, answer_size=15, batch_size=8,
-                   qa_batch_size=16, pretrain_steps=2, distill_steps=2, speak_steps=2, eval_every=2, every=31)
-        arms = {name: dataclasses.replace(cfg, **few) for name, cfg in arms.items()}
+        few = dict(pred_layer=1, answer_size=15, eval_every=2, every=31)
+        arms = {name: dataclasses.replace(in_short(cfg), **few) for name, cfg in arms.items()}
     rest = [name for name in (flags.arms.split(",") if flags.arms else arms) if name != SHARED]
     # in two goes: all others begin with a copy of the first
     rows = run_arms("speaking", arms, dataclasses.replace(flags, arms=SHARED), measure)
     if rest:
         rows = run_arms("speaking", arms, dataclasses.replace(flags, arms=",".join(rest)), measure)
     folder = Path(flags.out) / ("speaking" + "-fast" * flags.fast)
-    draw(folder, rows, flags.seeds, folder.with_suffix(".png"))
     publish("speaking", rows, tables(rows, TABLES), flags.table)
-    print(f"figure: {folder.with_suffix('.png')}")
+    if by_seed(rows):
+        draw(folder, rows, flags.seeds, folder.with_suffix(".png"))
+        print(f"figure: {folder.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import csv
 import dataclasses
 import importlib.util
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
@@ -43,8 +42,9 @@ import data
 import tjepa
 import train
 from flags import read_flags
-from labs.arms import commit, markdown, publish
+from labs.arms import commit, results
 from labs.controls import GPT
+from labs.tables import markdown, over_seeds, publish
 
 
 @dataclasses.dataclass
@@ -53,7 +53,8 @@ class Flags:
     nanogpt: str = ""           # folder of a checkout of karpathy/nanoGPT: its model.py is measured too
     threads: int = 0            # CPU threads; 0 = as many as torch takes by itself
     text: str = ""              # text the tokenizer is trained on, repeated to 1 and 10 MB; without it the shipped one
-    out: str = "out/labs"       # folder of speed.csv and speed.png; exact match is read from the facts lab's runs in it
+    out: str = "out/labs"       # folder of speed.csv and speed.png
+    results: str = "labs/results"   # folder of the results files, relative to the repository: exact match is read there
     fast: bool = False          # a little of everything: does it run? The figures mean nothing
     table: str = ""             # write the table into this file, between its markers, instead of only printing it
 
@@ -247,10 +248,10 @@ def thinking(lab):
     question = lab.some.tokens[row:row + 1, :lengths[row]]                              # (1, Q), of middling length
     def match(arm, width):
         """Exact match of an arm of the facts lab, in words; it knows one width."""
-        runs = [json.loads(path.read_text()) for path in Path(lab.flags.out, "facts").glob(f"{arm}_[0-9]/result.json")]
-        known = runs if width == CFG.n_embd else []
-        return "exact match " + (", ".join(f"{split} {np.mean([run[f'em_{split}_heldout'] for run in known]):.2f}"
-                                           for split in ("DEC", "LAT") if known) or "not measured")
+        said = {split: over_seeds(known, arm, f"em_{split}_heldout") for split in ("DEC", "LAT")}
+        found = [f"{split} {em.mean:.2f}" for split, em in said.items() if em and width == CFG.n_embd]
+        return "exact match " + (", ".join(found) or "not measured")
+    known = [] if lab.flags.fast else results("facts", lab.flags)
     for width, n in itertools.product(lab.ends, lab.size.answers):
         model = endless(lab, width, max(4, n))
         ours = lambda: list(itertools.islice(model.speak(model.think(question)), n))

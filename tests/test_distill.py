@@ -264,15 +264,13 @@ def test_arms_read_as_many_texts_and_questions_unless_their_name_says_otherwise(
         *lab.teachers(False), *lab.students(False), *lab.LATER}
 
 
-def test_equal_compute_buys_the_students_flops_and_its_teachers(tmp_path):
-    for name, pflop in (("medium distilled", 7.0), ("medium from scratch", 1.0)):
-        (tmp_path / f"{name}_0").mkdir()
-        (tmp_path / f"{name}_0" / "result.json").write_text(f'{{"pflop": {pflop}}}')
-    cfg, = lab.later(False, tmp_path, ["medium from scratch equal compute"]).values()
+def test_equal_compute_buys_the_students_flops_and_its_teachers():
+    rows = [dict(arm="medium distilled", seed=0, pflop=7.0), dict(arm="medium from scratch", seed=0, pflop=1.0)]
+    cfg, = lab.later(False, rows, ["medium from scratch equal compute"]).values()
     assert cfg.pretrain_steps * cfg.batch_size == 7 * lab.STEPS * 48
     assert cfg.distill_steps * cfg.qa_batch_size == 7 * lab.STEPS * 128
     with pytest.raises(ValueError, match="small distilled"):
-        lab.later(False, tmp_path, ["small from scratch equal compute"])
+        lab.later(False, rows, ["small from scratch equal compute"])
 
 
 def test_a_difference_within_the_spreads_is_a_tie():

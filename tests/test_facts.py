@@ -88,7 +88,7 @@ def test_an_arm_that_others_begin_with_runs_first_and_once(tmp_path, monkeypatch
         Path(cfg.out).mkdir(parents=True)
         return dict(em_LAT_heldout=0.5)
     monkeypatch.setattr(facts, "measure", measure)
-    facts.facts(arms.Flags(seeds=2, out=str(tmp_path), arms="teacher gpt,n_slots=1,recipe=latent"))
+    facts.facts(arms.Flags(seeds=2, out=str(tmp_path), results=str(tmp_path), arms="teacher gpt,n_slots=1,recipe=latent"))
     assert sorted(ran[:4]) == ["GPT_0", "GPT_1", "recipe=latent_0", "recipe=latent_1"] and len(ran) == len(set(ran)) == 8
 
 
@@ -105,7 +105,7 @@ def test_an_arm_that_fails_stops_none_that_does_without_it(tmp_path, monkeypatch
     page = tmp_path / "page.md"
     page.write_text("<!-- facts -->\nmeasured\n<!-- /facts -->")
     with pytest.raises(RuntimeError, match="out of memory"):
-        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms="teacher gpt,echo=0", table=str(page)))
+        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), results=str(tmp_path), arms="teacher gpt,echo=0", table=str(page)))
     assert "echo=0_0" in ran and "\nmeasured\n" in page.read_text()           # no page loses rows to a failure
 
 
@@ -120,7 +120,7 @@ def test_a_teacher_from_outside_comes_last_and_without_its_file_the_rest_is_show
         return dict(em_LAT_heldout=0.625)
     monkeypatch.setattr(facts, "measure", measure)
     with pytest.raises(ValueError, match="vectors.npz"):
-        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), arms=f"{outside},GPT"))
+        facts.facts(arms.Flags(seeds=1, out=str(tmp_path), results=str(tmp_path), arms=f"{outside},GPT"))
     assert ran == ["default_0", "GPT_0", f"{outside}_0"] and "0.625" in capsys.readouterr().out
 
 

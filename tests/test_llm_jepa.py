@@ -296,7 +296,7 @@ def test_the_arms_take_what_is_best_on_dev_and_not_on_the_test_set():
 
 def test_without_the_map_the_others_do_not_start(tmp_path):
     with pytest.raises(ValueError, match="--arms=map"):
-        lab.llm_jepa(Flags(arms="square", out=str(tmp_path)))
+        lab.llm_jepa(Flags(arms="square", out=str(tmp_path), results=str(tmp_path)))
     with pytest.raises(ValueError, match="--arms=mapp"):
         lab.llm_jepa(Flags(arms="mapp", out=str(tmp_path)))
 

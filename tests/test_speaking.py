@@ -266,5 +266,5 @@ def test_every_column_of_the_tables_is_measured(tmp_path, monkeypatch):
 
 
 def test_an_arm_without_its_phases_1_and_2_says_what_to_run(toy, tmp_path):
-    with pytest.raises(ValueError, match="--arms='phases 1 and 2' first"):
+    with pytest.raises(ValueError, match="--arms='phases 1 and 2' --redo first"):
         lab.begin(toy(out=str(tmp_path / "arm_0")))

@@ -1,13 +1,12 @@
 """The speed lab measures what it says; how fast anything is, is not tested."""
 import csv
-import json
 import re
 
 import pytest
 import torch
 
 import tjepa
-from labs import speed
+from labs import records, speed
 
 # what of nanoGPT's model.py the lab relies on, without a word of it
 STAND_IN = '''
@@ -219,11 +218,12 @@ def test_a_cache_saves_flops_and_a_batch_costs_as_many_times_more(fast):
 def test_exact_match_stands_beside_the_cost_where_the_facts_lab_has_measured_it(fast, lab, monkeypatch):
     rows = [row for row in csv.DictReader(open(fast / "speed-fast.csv")) if row["part"].startswith("Question")]
     assert rows and all("exact match not measured" in row["note"] for row in rows)
-    for name, em in ("default_0", 0.5), ("default_1", 0.7), ("GPT of 12 layers_0", 0.9):
-        (fast / "facts" / name).mkdir(parents=True)
-        (fast / "facts" / name / "result.json").write_text(json.dumps(dict(em_DEC_heldout=em, em_LAT_heldout=em / 2)))
+    for name, seed, em in ("default", 0, 0.5), ("default", 1, 0.7), ("GPT of 12 layers", 0, 0.9):
+        for split, value in ("DEC", em), ("LAT", em / 2):
+            row = dict(arm=name, seed=seed, figure=f"em_{split}_heldout", value=value, seeds=1)
+            records.append(fast / "facts.csv", [row])
     lab.size, lab.ends = speed.SimpleNamespace(answers=(1,), calls=1), (speed.CFG.n_embd,)
-    lab.flags = speed.SimpleNamespace(out=fast)
+    lab.flags = speed.SimpleNamespace(out=fast, results=fast, fast=False)
     lab.some = speed.SimpleNamespace(tokens=words(5, 6))
     lab.corpus = speed.SimpleNamespace(tokenizer=speed.SimpleNamespace(
         pad=speed.CFG.pad, word_start=[True] * speed.CFG.vocab_size))
