@@ -7,18 +7,25 @@ Train a T-JEPA: flags -> corpus -> phases -> one training loop -> checkpoint, me
     python train.py --phase=speak --out=out/book                        learn to speak them
     python train.py --help                                              every flag, what it changes
 """
+import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+if __name__ == "__main__":      # importing torch takes seconds: Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import filelock
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -32,7 +39,7 @@ from flags import plain_output, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 3              # of the checkpoint; older files are refused
-INTERRUPTED = []        # filled by Ctrl-C; the loop then stops after a whole step
+PREVIOUS = "ckpt.previous.pt"   # the checkpoint before a phase was begun anew
 
 @dataclasses.dataclass
 class Config(tjepa.Config):
@@ -120,8 +127,9 @@ RECIPES = dict(
     # all that prevents a collapse is off
     collapse=LATENT | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0),
 )
-# A folder holds one run. What shapes the model, its text and its reading can't change in it.
-FIXED = ("recipe data facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer "
+# A folder holds one run. What shapes the model and its reading can't change in it; its text is
+# compared by content.
+FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer "
          "pred_embd mlm top_k target_norm").split()
 
 # -- from flags to a Config ------------------------------------------------------------------------
@@ -133,12 +141,20 @@ def resolve(given):
     preset = PRESETS.get(given.get("preset"), {})
     recipe = RECIPES.get(given.get("recipe"), {})
     asked = preset | recipe | given
+    asked |= {name: absolute(asked[name]) for name in ("data", "qa", "teacher") if name in asked}
     base = {}
     if given.get("resume") or given.get("phase") in ("distill", "speak"):
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
         same_run(out, base, asked)
     return Config(**base | asked)
+
+def absolute(path):
+    """A path as it is stored in a run, which may be resumed from another working directory."""
+    if path in ("", "facts", "self"):
+        return path
+    kind = "ckpt:" if path.startswith("ckpt:") else ""
+    return kind + os.path.abspath(path.removeprefix(kind))
 
 def same_run(out, saved, asked):
     """ValueError if asked (a dict of fields) needs another model than the run in out has."""
@@ -173,35 +189,82 @@ def pick_device(cfg):
 
 # -- checkpoints -----------------------------------------------------------------------------------
 
-def save_checkpoint(out, checkpoint):
-    """Write out/ckpt.pt beside and rename it: at every moment one whole checkpoint is there."""
-    path = Path(out) / "ckpt.pt"
+def write_safely(path, content):
+    """Write bytes beside path and rename: at every moment the file is whole, old or new."""
     part = path.with_suffix(".part")
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)      # in memory first: a full disk is then an ordinary OSError
     with open(part, "wb") as file:
-        file.write(buffer.getbuffer())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
 
+def save_checkpoint(out, checkpoint, keep_previous=False):
+    """Write out/ckpt.pt, then out/config.json. keep_previous: keep the old one as another file."""
+    path = Path(out) / "ckpt.pt"
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)      # in memory first: a full disk is then an ordinary OSError
+    if keep_previous:
+        previous = path.with_name(PREVIOUS)
+        write_safely(previous, path.read_bytes())
+        print(f"\nthe checkpoint that was there is kept as {previous}, until a phase is begun "
+              "anew once more")
+    write_safely(path, seal(buffer.getbuffer()))
+    config = json.dumps(checkpoint["config"], indent=1)
+    write_safely(path.with_name("config.json"), config.encode())
+
+def seal(content):
+    """Bytes of a checkpoint, followed by their SHA-256."""
+    return bytes(content) + hashlib.sha256(content).digest()
+
+def unseal(sealed, path):
+    """The bytes that `seal` was given; ValueError if a single bit has changed since."""
+    size = hashlib.sha256().digest_size
+    content, digest = sealed[:-size], sealed[-size:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError(f"{path} is damaged or no checkpoint of this program: restore it from a "
+                         "copy, or train again with another --out")
+    return content
+
 def load_checkpoint(out, flag="--out="):
     """The dict in out/ckpt.pt. Runs no code from it; ValueError says what is wrong with it."""
     path = Path(out) / "ckpt.pt"
-    if not path.exists():
+    if not path.is_file():
+        previous = path.with_name(PREVIOUS)
+        if previous.is_file():
+            raise ValueError(f"no checkpoint in {flag}{out}, but an earlier one: rename "
+                             f"{previous} to ckpt.pt to go on from it")
         raise ValueError(f"no checkpoint in {flag}{out}: run `python train.py --out={out}` first "
                          "(its --help lists the phases)")
+    content = unseal(path.read_bytes(), path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): "
-            "restore it from a copy, or train again with another --out") from None
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint of this program ({type(error).__name__}): "
+                         "train again with another --out") from None
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
-    if not known or set(checkpoint["config"]) != set(Config.__dataclass_fields__):
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if not known or set(checkpoint["config"]) != fields:
         raise ValueError(f"{path} was written by another version or program: "
                          "use that one, or train with another --out")
     return checkpoint
+
+@contextlib.contextmanager
+def locked(out):
+    """Hold the folder for this process; ValueError names the process that holds it already.
+
+    The lock ends with its process, however that ends.
+    """
+    lock, owner = filelock.FileLock(Path(out) / "lock"), Path(out) / "lock.pid"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        pid = owner.read_text().strip() if owner.exists() else "unknown"
+        raise ValueError(f"--out={out} is in use by process {pid}: wait for its end, or take "
+                         "another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 class Run(NamedTuple):
     """What a phase works with."""
@@ -281,20 +344,36 @@ def target_moves(cfg, phase):
     return phase == "pretrain" or (
         phase == "distill" and cfg.distill == "align" and cfg.align != "thought")
 
+class Interrupts:
+    """Ctrl-C stops at once, but while steps are taken only after a whole step, which is saved.
+
+    A second Ctrl-C always stops at once.
+    """
+    deferred = False
+    pending = False
+
+    def handle(self, *signal_and_frame):
+        """Signal handler."""
+        if self.pending or not self.deferred:
+            raise KeyboardInterrupt
+        self.pending = True
+
+INTERRUPTS = Interrupts()
+
 IN_BAR = ("loss", "r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout")
 
 def format_figure(value):
     """A figure for the progress bar."""
     return f"{value:.3g}" if isinstance(value, float) else value
 
-def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
+def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, evaluated=False):
     """The one training loop: every phase and every control trains here.
 
     loss_at(progress)      draws a batch and returns (loss, stats); progress runs from 0 to 1
     measure(whole)         returns a dict of figures; whole is True at the end of the phase
     log                    a `report.Log`
-    save(step, optimizer)  writes a checkpoint
-    start, optimizer_state  where a resumed phase continues
+    save(step, optimizer, evaluated)    writes a checkpoint
+    start, optimizer_state, evaluated   where a resumed phase continues; has it been evaluated there
     Raises ValueError if the loss is no longer finite, KeyboardInterrupt after Ctrl-C.
     """
     cfg, model = run.cfg, run.model
@@ -307,20 +386,30 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
     figures = {}
 
-    def record(row, evaluated):
-        """Log a row; after an evaluation also save and draw."""
-        log.write(row | (figures if evaluated else {}))
-        if evaluated:
-            save(row["step"], optimizer)
-        if evaluated and figures:       # a control that is measured elsewhere has nothing to draw
-            report.draw_curves(log.rows, PHASES, Path(cfg.out) / "curves.png", title=cfg.out)
+    def evaluate_and_save(step):
+        """Complete the last row of the log by the figures; save, log and draw them."""
+        INTERRUPTS.deferred = False
+        figures.update(measure(step == steps))
+        INTERRUPTS.deferred = True
+        log.rows[-1].update(figures)
+        save(step, optimizer, evaluated=True)
+        if figures:                     # a control that is measured elsewhere has nothing to draw
+            curves = Path(cfg.out) / "curves.png"
+            report.draw_curves(log.rows, PHASES, curves, title=f"{cfg.out}, recipe {cfg.recipe}")
+
+    def show(row):
+        """Newest figures in the progress bar."""
         shown = row | figures
         bar.set_postfix({name: format_figure(shown[name]) for name in IN_BAR if name in shown})
 
-    if not start and not optimizer_state:
-        figures = measure(not steps)    # where the phase starts stands beside what it reaches
-        record(dict(phase=phase, step=0, tokens=0), evaluated=True)
+    if not evaluated:                   # where the phase starts stands beside what it reaches
+        if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
+            log.add(dict(phase=phase, step=start, tokens=start * batch))
+        evaluate_and_save(start)
+        log.flush()
+        show(log.rows[-1])
 
+    INTERRUPTS.deferred = True
     clock, timed = time.perf_counter(), start
     for step in range(start, steps):
         # Every random draw follows from the seed and the step: a resumed run draws the same.
@@ -352,24 +441,30 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None):
         # log every 20 steps, evaluate and save every --eval_every
         bar.update()
         done = step + 1
-        interrupted = bool(INTERRUPTED)
-        evaluated = done == steps or done % cfg.eval_every == 0 or interrupted
-        if evaluated or done % 20 == 0:         # not at each step: reading the loss waits for a GPU
+        evaluates = done == steps or done % cfg.eval_every == 0
+        interrupted = INTERRUPTS.pending
+        if evaluates or interrupted or done % 20 == 0:  # not each step: this waits for a GPU
             if not math.isfinite(loss.item() + grad.item()):
                 raise ValueError(
                     f"the loss of {phase} is no longer a number at step {done}: lower "
-                    f"--{phase}_lr={peak} or --clip={cfg.clip}; --resume goes on from the last "
-                    f"good checkpoint in --out={cfg.out}")
+                    f"--{phase}_lr={peak} or --clip={cfg.clip}; the last good checkpoint is in "
+                    f"--out={cfg.out}")
             rate = (done - timed) * batch / (time.perf_counter() - clock)
             row = dict(phase=phase, step=done, tokens=done * batch, loss=loss.item(), lr=lr,
                        grad=grad.item(), tok_s=rate)
             row |= {name: float(value) for name, value in stats.items()}
-            if evaluated:
-                figures = measure(done == steps)
-            record(row, evaluated)
+            log.add(row)
+            if evaluates or interrupted:        # saved first: a failing evaluation costs no step
+                save(done, optimizer, evaluated=not evaluates)
+            if interrupted:
+                log.flush()
+                raise KeyboardInterrupt
+            if evaluates:
+                evaluate_and_save(done)
+            log.flush()
+            show(row)
             clock, timed = time.perf_counter(), done
-        if interrupted:
-            raise KeyboardInterrupt
+    INTERRUPTS.deferred = False
     bar.close()
 
 # -- the phases: each takes a Run and returns (loss_at, measure) for `fit` -------------------------
@@ -533,27 +628,57 @@ def set_answers(run, vectors):
 
 def open_checkpoint(cfg, phases):
     """The checkpoint to continue, {} for a new run. ValueError if --out does not allow it."""
-    out = cfg.out
-    if phases[0] == "pretrain" and not cfg.resume:
-        if (Path(out) / "ckpt.pt").exists():            # never replace another run silently
-            same_run(out, load_checkpoint(out)["config"], dataclasses.asdict(cfg))
-        return {}
-    checkpoint = load_checkpoint(out)
-    phase, step = checkpoint["phase"], checkpoint["step"]
-    steps = checkpoint["config"][f"{phase}_steps"]
+    out = Path(cfg.out)
     if cfg.resume:
-        if phase not in phases:
-            raise ValueError(f"--resume: the run in --out={out} stopped in phase {phase}: "
-                             f"leave --phase={cfg.phase} out")
+        checkpoint = load_checkpoint(out)
+        check_resume(cfg, phases, checkpoint)
         return checkpoint
+    if phases[0] != "pretrain":
+        checkpoint = load_checkpoint(out)
+        check_phase_before(cfg, phases, checkpoint)
+        return checkpoint
+    if (out / "ckpt.pt").exists():      # never replace another run silently
+        same_run(out, load_checkpoint(out)["config"], dataclasses.asdict(cfg))
+        return {}
+    for name in ("metrics.csv", "config.json"):
+        if (out / name).exists():
+            raise ValueError(f"--out={out} holds a {name} and no checkpoint: it belongs to "
+                             "something else; take another --out")
+    return {}
+
+def check_resume(cfg, phases, checkpoint):
+    """ValueError if a run can't be resumed as cfg asks."""
+    phase, step, saved = checkpoint["phase"], checkpoint["step"], checkpoint["config"]
+    if phase not in phases:
+        raise ValueError(f"--resume: the run in --out={cfg.out} stopped in phase {phase}: "
+                         f"leave --phase={cfg.phase} out")
+    if cfg.seed != saved["seed"]:
+        raise ValueError(f"--seed={cfg.seed}, but the run in --out={cfg.out} has "
+                         f"seed={saved['seed']}: leave the flag out, or take another --out")
+    for earlier in PHASES[:PHASES.index(phase)]:
+        name = f"{earlier}_steps"
+        if getattr(cfg, name) != saved[name]:
+            raise ValueError(
+                f"--{name}={getattr(cfg, name)}: phase {earlier} of the run in --out={cfg.out} "
+                f"has ended after {saved[name]} steps, and {phase} stands on it: leave the flag "
+                "out, or take another --out")
+    if getattr(cfg, f"{phase}_steps") < step:
+        raise ValueError(f"--{phase}_steps={getattr(cfg, f'{phase}_steps')}: the run in "
+                         f"--out={cfg.out} has taken {step} already")
+
+def check_phase_before(cfg, phases, checkpoint):
+    """ValueError if the phase before the first of phases has not ended."""
+    phase, step, out = checkpoint["phase"], checkpoint["step"], cfg.out
+    steps = checkpoint["config"][f"{phase}_steps"]
     before = PHASES.index(phases[0]) - 1
-    if (PHASES.index(phase), step) < (before, steps):
-        command = f"`python train.py --resume --out={out}`"
-        if phase != PHASES[before]:
-            command = f"--phase={PHASES[before]}"
-        raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds "
-                         f"{phase} up to step {step} of {steps}: run {command} first")
-    return checkpoint
+    ended = step >= steps and checkpoint["evaluated"]
+    if (PHASES.index(phase), ended) >= (before, True):
+        return
+    command = f"`python train.py --resume --out={out}`"
+    if phase != PHASES[before]:
+        command = f"--phase={PHASES[before]}"
+    raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds "
+                     f"{phase} up to step {step} of {steps}: run {command} first")
 
 def open_corpus(cfg, checkpoint):
     """The corpus that cfg names; ValueError if a continued run has read another text."""
@@ -562,24 +687,41 @@ def open_corpus(cfg, checkpoint):
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     return data.load(cfg, tokenizer)
 
-def open_questions(cfg, corpus, checkpoint, left, device):
+def content_of(rows):
+    """A fingerprint of questions, or of a tensor: equal if their content is equal."""
+    content = rows.cpu().numpy().tobytes() if torch.is_tensor(rows) else json.dumps(rows).encode()
+    return hashlib.sha256(content).hexdigest()
+
+def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, device):
     """The questions of phases 2 and 3; ValueError if there are none, or other ones than before."""
     if not corpus.qa:
         raise ValueError(
             f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, "
             "answer), or stop after reading with --phase=pretrain")
-    questions = data.Questions(
-        corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
-    phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left == ("speak",))
-    if phase_2_has_begun and checkpoint["answers"] != questions.answers:
-        raise ValueError(f"--qa={cfg.qa}: these are not the answers that phase 2 was taught: "
+    if phase_2_has_begun and checkpoint["questions"] != content_of(corpus.qa):
+        raise ValueError(f"--qa={cfg.qa}: these are not the questions and answers that phase 2 "
+                         "was taught: run --phase=distill first")
+    return data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
+
+def open_teacher_of(cfg, questions, corpus, checkpoint, phase_2_has_begun, left):
+    """(vectors (A, D) or None, `align.Teacher` or None) for phase 2.
+
+    Once phase 2 has begun the answers' latents are in the checkpoint. Then a teacher is read only
+    if it is still imitated, or named anew: it must be the same by content.
+    """
+    same_name = phase_2_has_begun and cfg.teacher == checkpoint["config"]["teacher"]
+    imitated = cfg.distill == "align" and "distill" in left
+    if same_name and not imitated:
+        return None, None
+    if not phase_2_has_begun and "distill" not in left:
+        return None, None
+    vectors, teacher = answer_vectors(cfg, questions.answers, corpus.tokenizer)
+    content = None if vectors is None else content_of(vectors)
+    if phase_2_has_begun and content != checkpoint["teacher"]:
+        was = checkpoint["config"]["teacher"]
+        raise ValueError(f"--teacher={cfg.teacher}: phase 2 was taught by {was}: "
                          "run --phase=distill first")
-    if phase_2_has_begun and "distill" not in left:
-        teacher = checkpoint["config"]["teacher"]
-        if teacher != cfg.teacher:
-            raise ValueError(f"--teacher={cfg.teacher}: phase 2 was taught by {teacher}: "
-                             "run --phase=distill first")
-    return questions
+    return vectors, teacher
 
 def open_model(cfg, corpus, checkpoint, phases, model):
     """The model of the checkpoint, or a new one. A phase begun anew begins with fresh weights."""
@@ -588,30 +730,24 @@ def open_model(cfg, corpus, checkpoint, phases, model):
         fresh = []
     return build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh, model)
 
-def prepare_folder(cfg, checkpoint, phases):
-    """Create --out; keep the checkpoint of a phase that is begun anew; returns the `report.Log`."""
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    first = PHASES.index(phases[0])
+def begin_log(cfg, checkpoint, phases):
+    """The `report.Log` of a run: a phase that is begun anew drops its rows and those after it."""
     rows = checkpoint.get("rows", [])
-    if cfg.resume:
-        return report.Log(out, rows)
-    begun_before = not checkpoint or PHASES.index(checkpoint["phase"]) >= first
-    if begun_before and (out / "ckpt.pt").exists():
-        (out / "ckpt.pt").replace(out / "ckpt.previous.pt")
-        print(f"the run that was there is kept as {out / 'ckpt.previous.pt'}, until a phase is "
-              "begun anew once more")
-    return report.Log(out, [row for row in rows if PHASES.index(row["phase"]) < first])
+    if not cfg.resume:
+        first = PHASES.index(phases[0])
+        rows = [row for row in rows if PHASES.index(row["phase"]) < first]
+    return report.Log(cfg.out, rows)
 
-def run(cfg, corpus=None, model=tjepa.TJEPA):
-    """Run the phases that cfg names: what the command line and the labs call.
+class Opened(NamedTuple):
+    """A run that may begin: everything was read and checked, nothing was written."""
+    run: Run
+    phases: tuple           # that --phase names
+    left: tuple             # of these, what is still to do
+    checkpoint: dict        # that is continued, {} for a new run
+    vectors: torch.Tensor | None    # (A, D) what another teacher says of the answers
 
-    corpus: the one that cfg names, if it has been read already or was changed by an experiment.
-    model: a class like `tjepa.TJEPA`, for experiments that change the model.
-    Returns the newest value of each column of metrics.csv. ValueError for an impossible cfg.
-    """
-    # open what is there, and check it before anything is written
+def open_run(cfg, corpus, model):
+    """Open data, teacher and model of cfg: `Opened`. ValueError where cfg asks the impossible."""
     phases = PHASES if cfg.phase == "all" else (cfg.phase,)
     checkpoint = open_checkpoint(cfg, phases)
     left = phases
@@ -622,46 +758,85 @@ def run(cfg, corpus=None, model=tjepa.TJEPA):
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has "
                          "read: take another --out")
-    questions = vectors = teacher = None
+    questions = vectors = teacher = concepts = None
     if phases != ("pretrain",):
-        questions = open_questions(cfg, corpus, checkpoint, left, device)
-    if "distill" in left:               # before the model: the teacher's width is the width of W
-        vectors, teacher = answer_vectors(cfg, questions.answers, corpus.tokenizer)
-        width = 0 if vectors is None else vectors.size(1)
+        phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left == ("speak",))
+        questions = open_questions(cfg, corpus, checkpoint, phase_2_has_begun, device)
+        # before the model: the teacher's width is the width of W
+        vectors, teacher = open_teacher_of(
+            cfg, questions, corpus, checkpoint, phase_2_has_begun, left)
+        width = cfg.teacher_width if phase_2_has_begun else 0
+        if vectors is not None:
+            width = vectors.size(1)
         cfg = dataclasses.replace(cfg, teacher_width=width)
+        if phase_2_has_begun:
+            concepts = checkpoint["concepts"].to(device)
     net = open_model(cfg, corpus, checkpoint, phases, model).to(device)
-    this = Run(cfg, net, corpus, device, dtype, questions, None, teacher)
-    log = prepare_folder(cfg, checkpoint, phases)
+    this = Run(cfg, net, corpus, device, dtype, questions, concepts, teacher)
+    return Opened(this, phases, left, checkpoint, vectors)
+
+def train_phases(opened):
+    """Train the phases that are left. Nothing of an older run is touched before the first save."""
+    run, phases, left, checkpoint, vectors = opened
+    cfg, out = run.cfg, Path(run.cfg.out)
+    log = begin_log(cfg, checkpoint, phases)
+    first = PHASES.index(phases[0])
+    begun_before = not checkpoint or PHASES.index(checkpoint["phase"]) >= first
+    keep_previous = not cfg.resume and begun_before and (out / "ckpt.pt").exists()
 
     # what every checkpoint of this run contains, besides its progress
-    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), corpus=corpus.fingerprint,
-                 tokenizer=corpus.tokenizer.state(), answers=checkpoint.get("answers"),
-                 concepts=checkpoint.get("concepts"))
+    state = dict(format=FORMAT, config=dataclasses.asdict(cfg), corpus=run.corpus.fingerprint,
+                 tokenizer=run.corpus.tokenizer.state())
+    for name in ("answers", "concepts", "questions", "teacher"):
+        state[name] = checkpoint.get(name)
+
+    def save(step, optimizer, evaluated):
+        """Write the run as it stands."""
+        nonlocal keep_previous
+        progress = dict(phase=phase, step=step, evaluated=evaluated, rows=log.rows,
+                        model=run.model.state_dict(), optimizer=optimizer.state_dict(),
+                        threshold=log.last().get("threshold"))
+        save_checkpoint(out, state | progress, keep_previous)
+        keep_previous = False
 
     for phase in left:
         resumed = {}
         if cfg.resume and phase == checkpoint["phase"]:
-            resumed = dict(start=checkpoint["step"], optimizer_state=checkpoint["optimizer"])
+            resumed = dict(start=checkpoint["step"], optimizer_state=checkpoint["optimizer"],
+                           evaluated=checkpoint["evaluated"])
         if phase == "distill" and not resumed:
-            concepts = set_answers(this, vectors)
-            state |= dict(answers=questions.answers, concepts=concepts)
-        if phase != "pretrain":
-            this = this._replace(concepts=state["concepts"].to(device))
-
-        def save(step, optimizer):
-            """Write the run as it stands."""
-            progress = dict(phase=phase, step=step, model=this.model.state_dict(), rows=log.rows,
-                            optimizer=optimizer.state_dict(), threshold=log.last().get("threshold"))
-            save_checkpoint(cfg.out, state | progress)
-        loss_at, measure = PHASE_OF[phase](this)
-        fit(this, phase, loss_at, measure, log, save, **resumed)
+            run = run._replace(concepts=set_answers(run, vectors))
+            state |= dict(answers=run.questions.answers, concepts=run.concepts,
+                          questions=content_of(run.corpus.qa),
+                          teacher=None if vectors is None else content_of(vectors))
+        loss_at, measure = PHASE_OF[phase](run)
+        fit(run, phase, loss_at, measure, log, save, **resumed)
 
     figures = log.last()
     print("\n".join(report.summary(figures)))
     if phases[-1] == "speak":
-        lines = report.transcript(this, questions, this.concepts, figures["threshold"])
+        lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])
         print("\n".join(lines))
     return figures
+
+def run(cfg, corpus=None, model=tjepa.TJEPA):
+    """Run the phases that cfg names: what the command line and the labs call.
+
+    corpus: the one that cfg names, if it has been read already or was changed by an experiment.
+    model: a class like `tjepa.TJEPA`, for experiments that change the model.
+    Returns the newest value of each column of metrics.csv. ValueError for an impossible cfg.
+    """
+    out = Path(cfg.out)
+    with contextlib.ExitStack() as stack:
+        held = (out / "lock").exists()
+        if held:                        # refuse at once while another process trains here
+            stack.enter_context(locked(out))
+        opened = open_run(cfg, corpus, model)
+        if not held:                    # a refused command must not create the folder
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+        (out / "lock.pid").write_text(str(os.getpid()))
+        return train_phases(opened)
 
 def next_command(cfg):
     """The command to run after this one."""
@@ -685,7 +860,7 @@ def explain(error, cfg):
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C saves and exits with 130."""
     plain_output()
-    signal.signal(signal.SIGINT, lambda *_: INTERRUPTED.append(True))
+    signal.signal(signal.SIGINT, INTERRUPTS.handle)
     started = time.perf_counter()
     cfg = Config()
     try:
