@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import tjepa
 import train
-from tests.toy import EOS, PAD, SMALL, WORDS, answers, make, rows, spans_of
+from tests.toy import EOS, PAD, SMALL, WORDS, loss_of, make, rows, spans_of
 
 
 @pytest.fixture
@@ -201,21 +201,6 @@ def test_latents_are_compared_in_fp32():
 
 
 # -- gradients and parameters ----------------------------------------------------------------------
-def loss_of(model, phase):
-    """The loss of one batch of a phase; what the phase does not train is frozen."""
-    tokens = rows()
-    answer_latent = torch.randn(8, model.cfg.teacher_width or model.cfg.n_embd)
-    for part in model.children():
-        part.requires_grad_(part in model.trained_in(phase))
-    if phase == "pretrain":
-        return model.pretrain_loss(tokens, spans_of(model, tokens))[0]
-    if phase == "distill":
-        return model.distill_loss(tokens[:, :12], answer_latent)[0]
-    with torch.no_grad():
-        thought = model.think(tokens)
-    return model.speak_loss(thought, answers(), answer_latent, 0.5)[0]
-
-
 @pytest.mark.parametrize("phase", train.PHASES)
 @pytest.mark.parametrize("changes", [{}, dict(memory="tokens", teacher_width=20)])
 def test_every_trained_parameter_gets_a_gradient_and_is_in_the_optimizer(phase, changes):

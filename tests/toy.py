@@ -42,6 +42,21 @@ def answers(n=8):
     return F.pad(rows(n, 4), (0, 1), value=EOS)
 
 
+def loss_of(model, phase):
+    """The loss of one batch of a phase; what the phase does not train is frozen."""
+    tokens = rows()
+    answer_latent = torch.randn(8, model.cfg.teacher_width or model.cfg.n_embd)
+    for part in model.children():
+        part.requires_grad_(part in model.trained_in(phase))
+    if phase == "pretrain":
+        return model.pretrain_loss(tokens, spans_of(model, tokens))[0]
+    if phase == "distill":
+        return model.distill_loss(tokens[:, :12], answer_latent)[0]
+    with torch.no_grad():
+        thought = model.think(tokens)
+    return model.speak_loss(thought, answers(), answer_latent, 0.5)[0]
+
+
 # -- twelve facts in a language of few words: a whole run takes seconds ----------------------------
 THINGS = "moss rose lake snow coal plum corn clay rust foam wine sand".split()
 COLOURS = "green red blue white black purple yellow brown orange grey crimson beige".split()
