@@ -1,0 +1,52 @@
+"""How labs run and open a T-JEPA: an arm's Config, its run on disk, and a quiet `train.fit`."""
+import dataclasses
+from pathlib import Path
+
+import data
+import report
+import train
+from labs import variants
+
+@dataclasses.dataclass
+class Arm(train.Config):
+    """An arm: the flags of train.py, and which variant of the model is trained."""
+    variant: str = "TJEPA"  # a class of labs/variants.py, where only an experiment needs it
+
+def plain(cfg, **changes):
+    """The train.Config in an arm's Config, with changes."""
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.Config)}
+    return train.Config(**fields | changes)
+
+def model_of(cfg):
+    """The class of an arm's model."""
+    return getattr(variants, getattr(cfg, "variant", "TJEPA"))
+
+def train_arm(cfg, corpus=None, **changes):
+    """Run the phases of an arm, as `train.run`: a dict of figures."""
+    return train.run(plain(cfg, **changes), corpus, model_of(cfg))
+
+def open_run(cfg, corpus=None, fresh=()):
+    """The run in cfg.out as a `train.Run`, with questions and concepts as far as it has them.
+
+    corpus: the one that cfg names, if it was read already or changed. fresh: as in `train.build`.
+    """
+    saved = train.load_checkpoint(cfg.out)
+    made = plain(cfg, teacher_width=saved["config"]["teacher_width"])
+    device, dtype = train.pick_device(made)
+    corpus = corpus or data.load(made, data.Tokenizer.from_state(saved["tokenizer"]))
+    model = train.build(made, corpus.tokenizer, saved["model"], fresh, model_of(cfg)).to(device)
+    questions = concepts = None
+    if corpus.qa:
+        questions = data.Questions(
+            corpus.qa, corpus.tokenizer, made.block_size, made.answer_size, device)
+    if saved["concepts"] is not None:
+        concepts = saved["concepts"].to(device)
+    return train.Run(made, model, corpus, device, dtype, questions, concepts)
+
+def fit(run, phase, loss_at, measure=None):
+    """`train.fit` without checkpoints and curves: what it trains is measured afterwards."""
+    Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+    log = report.Log(run.cfg.out, [])
+    train.fit(run, phase, loss_at, measure or (lambda whole: {}), log,
+              save=lambda step, optimizer, evaluated: None)
+    return log
