@@ -235,8 +235,6 @@ class Tokenizer:
         decoded = [decode_rank(i, rank) for i, rank in enumerate(ranks)]
         if {len(rank) for rank in decoded[:256]} != {1} or len(set(decoded[:256])) < 256:
             raise ValueError("the first 256 ranks of a stored tokenizer must be the single bytes")
-        if len(set(decoded)) < len(decoded):
-            raise ValueError("a stored tokenizer holds a rank twice")
         return cls(decoded, state["pattern"])
 
     def encode(self, text: str) -> list[int]:
