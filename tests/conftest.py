@@ -1,13 +1,27 @@
-"""At toy size drawing takes longer than training: only the test of the picture draws one."""
+"""Fixtures of several files: no curves are drawn, and one whole run is shared."""
 import pytest
 
 import report
+import train
+from tests.toy import World, config, write_corpus
 
 
 @pytest.fixture(autouse=True, scope="session")
 def draw(tmp_path_factory):
-    """Replaces the drawing of curves; the value of the fixture is the real function."""
+    """Replaces the drawing of curves; the value of the fixture is the real function.
+
+    At toy size drawing takes longer than training: only the test of the picture draws one.
+    """
     real = report.draw_curves
     report.draw_curves = lambda *args, **kwargs: None
     yield real
     report.draw_curves = real
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Text, pairs and a run through all three phases, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("world")
+    write_corpus(folder)
+    cfg = config(folder, folder / "run")
+    return World(folder, cfg, train.run(cfg))

@@ -1,11 +1,14 @@
 """What the tests work on: a small random model, and a world of twelve facts for whole runs."""
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 import tjepa
+import train
 
 # -- a small model and random rows of tokens -------------------------------------------------------
 SMALL = dict(vocab_size=60, block_size=32, n_layer=2, n_head=2, n_embd=32, pred_layer=1,
@@ -78,6 +81,36 @@ def write_corpus(folder):
     (folder / "text.txt").write_text(" ".join(8 * once))
     lines = [f"{question}\t{answer}\n" for question, answer in PAIRS]
     (folder / "qa.tsv").write_text("".join(lines))
+
+
+class World(NamedTuple):
+    """The toy world on disk, and a run on it through all three phases."""
+    folder: Path
+    cfg: train.Config
+    figures: dict               # what train.run returned
+
+
+def config(folder, out, **changes):
+    """The Config of a run in `out`, on the text and the pairs in `folder`."""
+    paths = dict(data=str(folder / "text.txt"), qa=str(folder / "qa.tsv"), out=str(out))
+    return train.Config(**FLAGS | paths | changes)
+
+
+def as_argv(flags):
+    """A dict of flags as a command line."""
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def weights(out):
+    """The weights in the checkpoint of a run."""
+    return train.load_checkpoint(out)["model"]
+
+
+def random_vectors(path, width=20):
+    """An .npz with a random vector for each answer of the world."""
+    vectors = np.random.default_rng(0).normal(size=(len(PAIRS), width))
+    np.savez(path, answers=COLOURS, vectors=vectors)
+    return str(path)
 
 
 def measure(cfg):

@@ -1,0 +1,370 @@
+"""What train.py refuses: one line that says what is wrong and what to change, and nothing is
+written. What data files may look like in detail is tested in test_data.py."""
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import tjepa
+import train
+from tests.toy import COLOURS, FLAGS, as_argv, config, weights
+
+SHORT = dict(phase="pretrain", pretrain_steps=2)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*argv) -> the error of train.py: its only line, with exit code 2."""
+    def refused(*argv):
+        with pytest.raises(SystemExit) as stop:
+            train.main([str(word) for word in argv])
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if "error:" in line]
+        assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error
+        return lines[0]
+    return refused
+
+
+@pytest.fixture
+def base(world):
+    """The flags of a run on the world; later flags win."""
+    return [*as_argv(FLAGS), f"--data={world.cfg.data}", f"--qa={world.cfg.qa}"]
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """A copy of the world's run that a test may spoil."""
+    return shutil.copytree(world.cfg.out, tmp_path / "run")
+
+
+def contents(folder):
+    """Name -> bytes of each file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_checkpoint(folder, checkpoint, sealed=True):
+    """Write anything as the checkpoint of a run, with or without the seal."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    content = bytes(buffer.getbuffer())
+    (folder / "ckpt.pt").write_bytes(train.seal(content) if sealed else content)
+
+
+# -- flags -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flag, words", [
+    ("--pretrain_step=5", "did you mean --pretrain_steps"),
+    ("--n_embd=12.5", "n_embd"),
+    ("--n_head=3", "multiple of 2 * n_head"),
+    ("--mask_ratio=0", "mask_ratio"),
+    ("--mask_ratio=1", "mask_ratio"),
+    ("--mask_ratio=inf", "mask_ratio"),
+    ("--mask_ratio=.99", "--mask_ratio=0.99"),
+    ("--pretrain_lr=-1", "pretrain_lr"),
+    ("--pretrain_lr=nan", "pretrain_lr"),
+    ("--dtype=fp16", "auto, fp32, bf16"),
+    ("--phase=sing", "pretrain"),
+    ("--loss=l7", "mse, infonce"),
+    ("--memory=both", "thought, tokens"),
+    ("--pred_layer=0", "--pred_layer=0 must be"),
+    ("--compile=perhaps", "neither true nor false"),
+    ("--top_k=9", "--top_k=9 must be"),
+    ("--accum=3", "a divisor of both batch sizes"),
+    ("--rounds=3", "a divisor of distill_steps"),
+    ("--data=nowhere.txt", "nowhere.txt"),
+    ("--qa=nowhere.tsv", "nowhere.tsv"),
+    ("--teacher=nowhere.npz", "nowhere.npz"),
+    ("--teacher=ckpt:nowhere", "--teacher=ckpt:"),
+    ("--block_size=5000", "--block_size=5000"),
+    ("--vocab_size=100", "--vocab_size=100"),
+    ("--vocab_size=70000", "--vocab_size=70000"),
+    ("--seed=10000000000", "--seed=10000000000"),
+])
+def test_a_bad_flag_is_named(base, refused, tmp_path, flag, words):
+    """And the folder of the run is not created."""
+    assert words in refused(*base, f"--out={tmp_path / 'run'}", flag)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named(base, refused, tmp_path):
+    """Not after the text has been read, and not as a traceback of torch."""
+    assert "--device=cuda" in refused(*base, "--device=cuda", f"--out={tmp_path / 'run'}")
+
+
+# -- text, pairs, vectors --------------------------------------------------------------------------
+@pytest.mark.parametrize("content, words", [
+    (b"", "empty"),
+    (b"  \n", "empty"),
+    (b"good text \xff\xfe", "byte 10"),
+    (b"good\0text", "position 4"),
+    (b"too short", "--block_size"),
+])
+def test_bad_text_says_what_is_wrong_and_where(refused, tmp_path, content, words):
+    """A file of one's own is the first thing that goes wrong."""
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert words in refused("--phase=pretrain", f"--data={tmp_path / 'bad.txt'}",
+                            f"--out={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("content, words", [
+    ("Who?\n", "line 1"),
+    ("Who?\tme\nWhere?\t\n", "line 2"),
+    ("\tme\n", "line 1"),
+    ("Who?\t" + "very long " * 40, "line 1"),
+    ("\n\n", "bad.tsv"),
+])
+def test_bad_pairs_name_their_line(base, refused, tmp_path, content, words):
+    """The line is what one looks for in a file of hundreds."""
+    (tmp_path / "bad.tsv").write_text(content)
+    assert words in refused(*base, f"--qa={tmp_path / 'bad.tsv'}", f"--out={tmp_path / 'run'}")
+
+
+def test_an_answer_must_fit_the_encoder_too(world, base, refused, tmp_path):
+    """The target encoder gives an answer its latent: a longer one is refused before phase 1."""
+    answer = "xyz " * 20
+    (tmp_path / "long.tsv").write_text(f"Who?\t{answer}\n")
+    said = refused(*base, f"--qa={tmp_path / 'long.tsv'}", "--answer_size=300",
+                   f"--out={tmp_path / 'run'}")
+    assert "32 fit" in said and said.endswith("--block_size") and not (tmp_path / "run").exists()
+    row = data.QA("DEC", "trained", "qa", "Who?", "Who?", answer)
+    with pytest.raises(ValueError, match="32 fit.*--block_size"):
+        data.Questions([row], data.load(world.cfg).tokenizer, 32, 300, "cpu")
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged"])
+def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
+    """A teacher's file that lacks an answer, holds no numbers, or has another number of rows."""
+    answers, vectors = COLOURS, np.ones((len(COLOURS), 4))
+    words = "bad.npz"
+    if fault == "missing":
+        answers, vectors, words = answers[1:], vectors[1:], COLOURS[0]
+    elif fault == "nan":
+        vectors[2, 1] = np.nan
+        words = COLOURS[2]
+    elif fault == "rows":
+        vectors, words = vectors[1:], "rows"
+    else:
+        vectors = np.empty(len(COLOURS), dtype=object)
+    np.savez(tmp_path / "bad.npz", answers=answers, vectors=vectors)
+    assert words in refused(*base, f"--teacher={tmp_path / 'bad.npz'}",
+                            f"--out={tmp_path / 'run'}")
+
+
+def test_gpt2_without_internet_says_which_file_to_put_where(base, refused, tmp_path, monkeypatch):
+    """The one file that is downloaded."""
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("requests.head", offline)
+    monkeypatch.setattr("requests.get", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    said = refused(*base, "--tokenizer=gpt2", "--phase=pretrain", f"--out={tmp_path / 'run'}")
+    assert "TIKTOKEN_CACHE_DIR" in said
+
+
+# -- the order of the phases -----------------------------------------------------------------------
+@pytest.mark.parametrize("flag", ["--phase=distill", "--phase=speak", "--resume"])
+def test_what_continues_a_run_needs_one(refused, tmp_path, flag):
+    """A wrong --out must not begin another run."""
+    assert "no checkpoint" in refused(flag, f"--out={tmp_path / 'nothing'}")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_phase_needs_the_one_before_it(world, refused, tmp_path):
+    """Speech without phase 2 would learn to say random thoughts."""
+    train.run(config(world.folder, tmp_path / "run", **SHORT))
+    assert "run --phase=distill first" in refused("--phase=speak", f"--out={tmp_path / 'run'}")
+
+
+def test_a_phase_needs_the_end_of_the_one_before_it(world, refused, tmp_path):
+    """A phase that was stopped halfway is resumed first."""
+    cfg = config(world.folder, tmp_path / "run", **SHORT)
+    train.run(cfg)
+    saved = train.load_checkpoint(cfg.out)
+    longer = saved["config"] | dict(pretrain_steps=4)
+    train.save_checkpoint(cfg.out, saved | dict(config=longer))
+    said = refused("--phase=distill", f"--qa={world.cfg.qa}", f"--out={cfg.out}")
+    assert "step 2 of 4: run `python train.py --resume" in said
+
+
+def test_phases_2_and_3_need_questions(world, base, refused, tmp_path):
+    """Own text without --qa can be read, and no more."""
+    assert "give --qa" in refused(*base, "--qa=", f"--out={tmp_path / 'run'}")
+    train.run(config(world.folder, tmp_path / "read", **SHORT))
+    assert "give --qa" in refused("--phase=distill", "--qa=", f"--out={tmp_path / 'read'}")
+
+
+# -- a folder holds one run ------------------------------------------------------------------------
+def test_another_model_or_text_does_not_continue_a_run(world, copy, refused, tmp_path):
+    """And the checkpoint stays as it was."""
+    before = (copy / "ckpt.pt").read_bytes()
+    text = (world.folder / "text.txt").read_text()
+    (tmp_path / "other.txt").write_text(text + " more")
+    out = f"--out={copy}"
+    assert "n_embd" in refused("--phase=speak", "--n_embd=64", out)
+    assert "leave the flag" in refused(f"--data={world.cfg.data}", "--phase=pretrain", out)
+    assert "--data" in refused("--phase=speak", f"--data={tmp_path / 'other.txt'}", out)
+    assert (copy / "ckpt.pt").read_bytes() == before
+
+
+def test_a_changed_text_is_noticed(world, refused, tmp_path):
+    """The same path with other content is another text."""
+    text = tmp_path / "mine.txt"
+    text.write_text((world.folder / "text.txt").read_text())
+    train.run(config(world.folder, tmp_path / "run", data=str(text), **SHORT))
+    text.write_text(text.read_text() + "A new end.")
+    assert "is not the text" in refused("--resume", f"--out={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("flag", ["--recipe=latent", "--mlm=0", "--pred_embd=16", "--top_k=1"])
+def test_a_later_phase_cannot_change_what_phase_1_was(world, refused, tmp_path, flag):
+    """A recipe is a set of flags: each of them counts, named or not."""
+    cfg = config(world.folder, tmp_path / "run", pred_embd=32, **SHORT)
+    train.run(cfg)
+    assert flag.split("=")[0] in refused("--phase=distill", f"--out={cfg.out}", flag)
+
+
+def test_a_preset_counts_flag_by_flag_when_a_run_goes_on(world, refused):
+    """Its facts=all contradicts a run on the tiny part."""
+    said = refused("--phase=speak", f"--out={world.cfg.out}", "--preset=laptop")
+    assert "--facts=all, but the run" in said
+
+
+@pytest.mark.parametrize("argv", [
+    ["--phase=speak", "--qa=other.tsv"],
+    ["--phase=speak", "--teacher=ckpt:nowhere"],
+    ["--resume", "--teacher=vectors.npz"],                  # phase 2 is over
+    ["--resume", "--seed=1"],
+    ["--resume", "--pretrain_steps=9"],
+    ["--phase=distill", "--distill=align", "--teacher=ckpt:nowhere"],
+    ["--phase=distill", "--distill=align", "--teacher=vectors.npz"],
+])
+def test_a_refused_command_leaves_the_run_as_it_was(copy, refused, tmp_path, monkeypatch, argv):
+    """Whatever is wrong is said before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.tsv").write_text("What is the colour of the moss?\tblue\n")
+    before = contents(copy)
+    refused(*argv, f"--out={copy}")
+    assert contents(copy) == before
+
+
+def test_a_teacher_that_is_gone_is_named_while_phase_2_goes_on(world, refused, tmp_path):
+    """Phase 2 with --distill=align reads its teacher to the end."""
+    shutil.copytree(world.cfg.out, tmp_path / "teacher")
+    changes = dict(teacher=f"ckpt:{tmp_path / 'teacher'}", distill="align", align="thought",
+                   pretrain_steps=1, distill_steps=2)
+    for phase in ("pretrain", "distill"):
+        train.run(config(world.folder, tmp_path / "run", phase=phase, **changes))
+    os.rename(tmp_path / "teacher", tmp_path / "moved")
+    said = refused("--phase=distill", "--resume", "--distill_steps=4", f"--out={tmp_path / 'run'}")
+    assert "no checkpoint in --teacher=ckpt:" in said
+
+
+def test_the_files_of_another_program_are_not_overwritten(base, refused, tmp_path):
+    """A metrics.csv without a checkpoint is someone else's."""
+    (tmp_path / "metrics.csv").write_text("mine")
+    assert "metrics.csv" in refused(*base, f"--out={tmp_path}")
+    assert contents(tmp_path) == {"metrics.csv": b"mine"}
+
+
+def test_two_processes_cannot_train_in_one_folder(world, copy, refused):
+    """The second would write over the checkpoint of the first."""
+    (copy / "lock.pid").write_text("4711")
+    with train.locked(copy):
+        assert "in use by process 4711" in refused("--resume", f"--out={copy}")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+class Evil:
+    """Unpickled without care, it runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("echo gotcha > gotcha",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "one bit", "not sealed"])
+def test_a_damaged_checkpoint_is_refused(copy, refused, damage):
+    """The seal notices a single bit, and the sentence says how to go on."""
+    path = copy / "ckpt.pt"
+    good = path.read_bytes()
+    half = len(good) // 2
+    path.write_bytes({
+        "truncated": good[:half],
+        "corrupted": bytes(1000) + good[1000:],
+        "one bit": good[:half] + bytes([good[half] ^ 1]) + good[half + 1:],
+        "not sealed": train.unseal(good, path),
+    }[damage])
+    said = refused("--resume", f"--out={copy}")
+    assert "ckpt.pt is damaged" in said and "another --out" in said
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("foreign", [dict(format=1, config=Evil()), [1, 2, 3]])
+def test_a_foreign_checkpoint_is_refused_and_runs_no_code(refused, tmp_path, monkeypatch,
+                                                           foreign, sealed):
+    """A downloaded checkpoint is not to be trusted."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path, foreign, sealed)
+    assert "ckpt.pt" in refused("--resume", f"--out={tmp_path}")
+    assert not (tmp_path / "gotcha").exists()
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("version", [train.FORMAT - 1, train.FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused(world, refused, tmp_path, version, sealed):
+    """The names of the weights have changed: an old run needs the old program."""
+    saved = train.load_checkpoint(world.cfg.out)
+    write_checkpoint(tmp_path, saved | dict(format=version), sealed)
+    said = refused("--resume", f"--out={tmp_path}")
+    assert "ckpt.pt" in said and "another --out" in said
+    assert "another version" in said or not sealed
+
+
+def test_a_checkpoint_with_other_fields_is_refused(world, refused, tmp_path):
+    """The same format, but of a program with another flag."""
+    saved = train.load_checkpoint(world.cfg.out)
+    saved["config"]["positions"] = "rotary"
+    write_checkpoint(tmp_path, saved)
+    assert "another version" in refused("--resume", f"--out={tmp_path}")
+
+
+# -- what goes wrong while a run goes on -----------------------------------------------------------
+def test_a_full_disk_keeps_the_last_checkpoint(world, refused, tmp_path, monkeypatch):
+    """Written beside and renamed: the old file stays whole."""
+    out = tmp_path / "run"
+    train.run(config(world.folder, out, **SHORT))
+    before = (out / "ckpt.pt").read_bytes()
+
+    def no_space(file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.os, "fsync", no_space)
+    assert "No space left" in refused("--resume", "--pretrain_steps=4", f"--out={out}")
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(world, tmp_path, monkeypatch):
+    """And the last checkpoint is the one before, with finite weights."""
+    losses, real = [], tjepa.TJEPA.pretrain_loss
+
+    def diverge(*args):
+        """The loss is NaN from step 30 on."""
+        loss, stats = real(*args)
+        losses.append(loss if len(losses) < 30 else loss * float("nan"))
+        return losses[-1], stats
+    monkeypatch.setattr(tjepa.TJEPA, "pretrain_loss", diverge)
+    with pytest.raises(ValueError, match="no longer a number at step 40: lower --pretrain_lr"):
+        train.run(config(world.folder, tmp_path / "run", phase="pretrain", pretrain_steps=60,
+                         eval_every=20))
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 20
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_full_gpu_says_how_to_take_less(refused, monkeypatch):
+    """Out of memory is the commonest error on a GPU."""
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    monkeypatch.setattr(train, "run", full)
+    assert "out of memory: raise --accum=4" in refused("--accum=4")
