@@ -17,17 +17,21 @@ def model():
 
 
 # -- masking ---------------------------------------------------------------------------------------
-def test_the_drawn_example_of_sample_spans_comes_out_as_drawn(monkeypatch):
-    """the | c | at | sat | on | the | m | at, start 2, length 2: the span grows to whole words."""
+@pytest.mark.parametrize("start, removed", [
+    (2, [1, 2, 3]),                         # as drawn: the start moves back to the word's start
+    (0, [0, 1, 2]),                         # the stop moves on to the word's end
+])
+def test_the_drawn_example_of_sample_spans_comes_out_as_drawn(monkeypatch, start, removed):
+    """the | c | at | sat | on | the | m | at: a span of two tokens grows to whole words."""
     cfg = tjepa.Config(**SMALL | dict(block_size=8))
     begins, inside = 0, 1                                   # token ids
     word_start = torch.tensor([True, False])
     tokens = torch.tensor([[begins, begins, inside, begins, begins, begins, begins, inside]])
     length_2 = math.log(2) / math.log(cfg.max_span)
-    draws = iter(([[2.5 / 8, 0.9]], [[length_2, 0.5]]))     # starts, then lengths, of two spans
+    draws = iter(([[(start + 0.5) / 8, 0.9]], [[length_2, 0.5]]))       # of two spans
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(next(draws)))
-    S = cfg.max_spans
-    assert tjepa.sample_spans(tokens, word_start, cfg).tolist() == [[S, 0, 0, 0, S, S, S, S]]
+    spans = tjepa.sample_spans(tokens, word_start, cfg)
+    assert spans.tolist() == [[0 if t in removed else cfg.max_spans for t in range(8)]]
 
 
 def test_each_row_loses_the_same_share_and_no_padding(model):
@@ -222,8 +226,9 @@ def test_weight_decay_is_for_matrices_alone(model):
     decayed, others = train.parameter_groups([model.context_encoder, model.predictor], 0.1)
     assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
     assert all(p.dim() == 2 for p in decayed["params"])
-    spared = {id(p) for p in others["params"]}
-    assert {id(model.context_encoder.embed.weight), id(model.predictor.mask_token)} <= spared
+    embedding, mask_token = model.context_encoder.embed.weight, model.predictor.mask_token
+    assert {id(embedding), id(mask_token)} <= {id(p) for p in others["params"]}
+    assert id(embedding) not in {id(p) for p in decayed["params"]}
 
 
 def test_threads_do_not_change_a_gradient(monkeypatch):
