@@ -11,7 +11,7 @@ import torch
 import data
 import tjepa
 import train
-from tests.toy import COLOURS, FLAGS, as_argv, config, weights
+from tests.toy import COLOURS, FLAGS, as_argv, config, random_vectors, weights
 
 SHORT = dict(phase="pretrain", pretrain_steps=2)
 
@@ -261,6 +261,17 @@ def test_a_teacher_that_is_gone_is_named_while_phase_2_goes_on(world, refused, t
     os.rename(tmp_path / "teacher", tmp_path / "moved")
     said = refused("--phase=distill", "--resume", "--distill_steps=4", f"--out={tmp_path / 'run'}")
     assert "no checkpoint in --teacher=ckpt:" in said
+
+
+def test_another_teacher_does_not_go_on_with_phase_2(world, refused, tmp_path):
+    """The latents that it was taught are fixed when phase 2 begins."""
+    out = tmp_path / "run"
+    train.run(config(world.folder, out, phase="pretrain", pretrain_steps=1))
+    argv = [f"--out={out}", "--phase=distill", "--distill_steps=2"]
+    train.main([*argv, f"--teacher={random_vectors(tmp_path / 'a.npz')}"])
+    other = random_vectors(tmp_path / "b.npz", width=21)
+    said = refused(*argv, f"--teacher={other}", "--resume")
+    assert "phase 2 was taught by" in said and "a.npz" in said
 
 
 def test_the_files_of_another_program_are_not_overwritten(base, refused, tmp_path):
