@@ -262,11 +262,12 @@ def test_another_run_can_teach(world, tmp_path):
 def test_a_run_is_resumed_without_the_file_of_its_teacher(world, tmp_path, phase):
     """The answers' latents are in the checkpoint since phase 2 began."""
     teacher = random_vectors(tmp_path / "vectors.npz")
-    cfg = config(world.folder, tmp_path / "run", teacher=teacher, **ONE_STEP)
-    for name in train.PHASES[:train.PHASES.index(phase) + 1]:
-        train.run(dataclasses.replace(cfg, phase=name))
+    cfg = config(world.folder, tmp_path / "run", teacher=teacher, phase="pretrain", **ONE_STEP)
+    train.run(cfg)
+    for name in train.PHASES[1:train.PHASES.index(phase) + 1]:
+        train.run(train.resolve(dict(out=cfg.out, phase=name)))
     os.remove(teacher)
-    given = {"resume": True, "out": cfg.out, f"{phase}_steps": 4}
+    given = {"resume": True, "phase": phase, "out": cfg.out, f"{phase}_steps": 4}
     assert train.run(train.resolve(given))["step"] == 4
     assert train.load_checkpoint(cfg.out)["config"]["teacher_width"] == 20
 
