@@ -19,7 +19,7 @@ import flags
 import report
 import train
 from data.facts.prepare import read_tsv
-from tests.toy import FLAGS, PAIRS, as_argv, config, random_vectors, weights, write_corpus
+from tests.toy import FLAGS, PAIRS, as_argv, config, random_vectors, weights
 
 ONE_STEP = dict(pretrain_steps=1, distill_steps=2, speak_steps=2)
 

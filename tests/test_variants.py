@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import tjepa
 import train
