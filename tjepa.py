@@ -34,6 +34,14 @@ def check(config, rules):
             if not test(value):
                 raise ValueError(f"--{name}={value} must be {must}")
 
+def within(low, high):
+    """Test and wording for a value between low and high, both included; nan fails."""
+    return (lambda v: low <= v <= high), f"{low} to {high}"
+
+def one_of(*allowed):
+    """Test and wording for a value that is one of some words."""
+    return allowed.__contains__, f"one of {', '.join(allowed)}"
+
 @dataclass
 class Config:
     """Shape of the model and of its three losses. Each comment says what the field changes."""
@@ -68,19 +76,21 @@ class Config:
         special = range(self.vocab_size - 4, self.vocab_size)
         self.pad, self.bos, self.eos, self.mask = special
         width = 2 * self.n_head
-        positive = "n_layer n_head n_embd pred_layer pred_embd dec_layer max_span top_k n_slots"
         check(self, (
-            (positive, lambda v: v >= 1, "1 or more"),
-            ("vocab_size block_size answer_size", lambda v: v >= 4, "4 or more"),
-            ("sigreg mlm ema_half_life teacher_width noise", lambda v: v >= 0, "0 or more"),
+            ("n_layer pred_layer dec_layer n_slots", *within(1, 1000)),
+            ("n_head max_span top_k", *within(1, 10_000)),
+            ("n_embd pred_embd", *within(1, 100_000)),
+            ("vocab_size block_size answer_size", *within(4, 1_000_000)),
+            ("sigreg mlm noise teacher_width", *within(0, 1_000_000)),
+            ("ema_half_life", lambda v: v >= 0, "0 or more; inf freezes the target"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
             ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size, "lower"),
             ("n_embd pred_embd", lambda v: v % width == 0, f"a multiple of 2 * n_head = {width}"),
-            ("top_k", lambda v: v <= self.n_layer, f"at most n_layer = {self.n_layer}"),
-            ("target", ("span", "token").__contains__, "one of span, token"),
-            ("memory", ("thought", "tokens").__contains__, "one of thought, tokens"),
-            ("loss", ("mse", "infonce").__contains__, "one of mse, infonce"),
+            ("top_k", *within(1, self.n_layer)),
+            ("target", *one_of("span", "token")),
+            ("memory", *one_of("thought", "tokens")),
+            ("loss", *one_of("mse", "infonce")),
         ))
 
     @property

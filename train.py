@@ -86,25 +86,30 @@ class Config(tjepa.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = dict(
-            phase=(*PHASES, "all"), preset=tuple(PRESETS), recipe=tuple(RECIPES),
-            facts=("tiny", "all"), distill=("answers", "align"), tokenizer=("bpe", "gpt2"),
-            device=("auto", "cuda", "mps", "cpu"), dtype=("auto", "fp32", "bf16"))
+        steps = "pretrain_steps distill_steps speak_steps"
         parts = f"some of {', '.join(align.PARTS)}, joined by +"
+        divisor = f"a divisor of distill_steps = {self.distill_steps}"
         batches = (self.batch_size, self.qa_batch_size)
-        rules = [(name, allowed.__contains__, f"one of {', '.join(allowed)}")
-                 for name, allowed in choices.items()]
         tjepa.check(self, (
-            *rules,
+            ("out data", lambda v: v.strip() and "\0" not in v, "a path"),
+            ("phase", *tjepa.one_of(*PHASES, "all")),
+            ("preset", *tjepa.one_of(*PRESETS)),
+            ("recipe", *tjepa.one_of(*RECIPES)),
+            ("facts", *tjepa.one_of("tiny", "all")),
+            ("tokenizer", *tjepa.one_of("bpe", "gpt2")),
+            ("teacher", lambda v: v not in ("", "ckpt:"), "self, ckpt:DIR or the path of an .npz"),
+            ("distill", *tjepa.one_of("answers", "align")),
             ("align", align.known_parts, parts),
-            ("batch_size masks qa_batch_size", lambda v: v >= 1, "1 or more"),
-            ("accum eval_every rounds", lambda v: v >= 1, "1 or more"),
-            ("pretrain_lr distill_lr speak_lr clip", lambda v: 0 < v < math.inf, "above 0"),
-            ("pretrain_steps distill_steps speak_steps weight_decay seed",
-             lambda v: 0 <= v <= 1e9, "0 to 1000000000"),
-            ("rounds", lambda v: self.distill_steps % v == 0,
-             f"a divisor of distill_steps = {self.distill_steps}"),
+            ("device", *tjepa.one_of("auto", "cuda", "mps", "cpu")),
+            ("dtype", *tjepa.one_of("auto", "fp32", "bf16")),
+            ("batch_size qa_batch_size masks accum", *tjepa.within(1, 1_000_000)),
             ("accum", lambda v: all(n % v == 0 for n in batches), "a divisor of both batch sizes"),
+            (f"{steps} seed", *tjepa.within(0, 10 ** 9)),
+            ("eval_every rounds", *tjepa.within(1, 10 ** 9)),
+            ("rounds", lambda v: self.distill_steps % v == 0, divisor),
+            ("pretrain_lr distill_lr speak_lr", lambda v: 0 < v <= 1000, "above 0, at most 1000"),
+            ("clip", lambda v: 0 < v <= 1e9, "above 0, at most 1000000000"),
+            ("weight_decay", *tjepa.within(0, 1000)),
             ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1"),
         ))
 
@@ -151,7 +156,7 @@ def resolve(given):
 
 def absolute(path):
     """A path as it is stored in a run, which may be resumed from another working directory."""
-    if path in ("", "facts", "self"):
+    if path in ("", "facts", "self", "ckpt:"):
         return path
     kind = "ckpt:" if path.startswith("ckpt:") else ""
     return kind + os.path.abspath(path.removeprefix(kind))
@@ -186,6 +191,32 @@ def pick_device(cfg):
         gain = "as asked"
     print(f"device {device} ({why}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
     return device, torch.bfloat16 if bf16 else None
+
+def memory_of(device):
+    """Bytes of memory of the device; inf where that is not known."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+def check_memory(cfg, device):
+    """ValueError if a run needs more memory than there is, by an estimate that errs low."""
+    with torch.device("meta"):          # counts the weights without making them
+        model = tjepa.TJEPA(cfg, torch.zeros(cfg.vocab_size, dtype=torch.bool))
+    n_weights = sum(p.numel() for p in model.parameters())
+    weights = 16 * n_weights            # in fp32, with gradient and the two moments of AdamW
+    rows = max(cfg.batch_size * cfg.masks * cfg.block_size, cfg.qa_batch_size * cfg.answer_size)
+    a_token = 16 * cfg.n_embd * cfg.n_layer + cfg.mask_ratio * cfg.vocab_size * (cfg.mlm > 0)
+    batch = 4 * rows * a_token / cfg.accum
+    have = memory_of(device)
+    if weights + batch <= have:
+        return
+    remedy = "lower --batch_size, --masks or --block_size, or raise --accum"
+    if weights > batch:
+        remedy = "lower --n_embd, --n_layer or --vocab_size"
+    raise ValueError(f"this run would take more than {(weights + batch) / 1e9:,.0f} GB, and "
+                     f"there are {have / 1e9:,.0f} GB: {remedy}")
 
 # -- checkpoints -----------------------------------------------------------------------------------
 
@@ -758,6 +789,7 @@ def open_run(cfg, corpus, model):
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has "
                          "read: take another --out")
+    check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = concepts = None
     if phases != ("pretrain",):
         phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left == ("speak",))
