@@ -150,21 +150,26 @@ def by_split(questions, name, score):
     return figures
 
 
-def recall(run, questions, table):
+def recall(run, questions, table, size=4096):
     """R@1 and MRR of the thought among the answers of its relation; and `abstention`.
 
-    table (A, D): the latents of all answers, in the units of thoughts.
+    table (A, D): the latents of all answers, in the units of thoughts. `size` questions are
+    compared at a time, so that many answers do not need much memory.
     """
     thoughts = think_all(run, questions.tokens)
-    distance = torch.cdist(thoughts.latent, table)                              # (n, A)
-    rivals = distance.masked_fill(~questions.rivals, torch.inf)
-    own = rivals.gather(1, questions.answer_of[:, None])                        # (n, 1)
-    # <= and not <: a tie counts as lost, or latents collapsed to one point would always be right
-    rank = (rivals <= own).sum(1)                                               # (n,)
+    ranks, nearest = [], []
+    for rows in torch.arange(len(questions.rows)).split(size):
+        distance = torch.cdist(thoughts.latent[rows], table)                    # (size, A)
+        rivals = distance.masked_fill(~questions.rivals_of(rows), torch.inf)
+        own = rivals.gather(1, questions.answer_of[rows, None])                 # (size, 1)
+        # <= and not <: a tie is lost, or latents collapsed to one point would always be right
+        ranks.append((rivals <= own).sum(1))
+        nearest.append(distance.amin(1))
+    rank = torch.cat(ranks)                                                     # (n,)
 
     r1 = by_split(questions, "r1", rank == 1)
     mrr = by_split(questions, "mrr", 1 / rank)
-    return r1 | mrr | abstention(questions, distance.amin(1))
+    return r1 | mrr | abstention(questions, torch.cat(nearest))
 
 
 def abstention(questions, distance):

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import sys
 
@@ -48,12 +49,51 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28)
 
 
+class Output:
+    """A stream whose reader may go away (`| head -1`) or whose disk may be full: output then ends
+    silently, and the program goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        """Write, or drop the text."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return self.give_up()
+
+    def flush(self):
+        """Flush, or drop what is left."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self):
+        """Connect the stream to nothing: Python flushes it once more at its end."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.stream.fileno())
+        return 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def plain_output():
-    """Replace characters that the terminal's encoding lacks, instead of failing on them."""
-    for stream in (sys.stdout, sys.stderr):
-        # a notebook's stream has no encoding to be changed
-        if isinstance(stream, io.TextIOWrapper):
+    """Called first by each program: no output can make it fail.
+
+    Characters that the terminal's encoding lacks are replaced, closed streams are ignored.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                              # closed by the shell: 2>&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):      # a notebook's stream is another one
             stream.reconfigure(errors="replace")
+            setattr(sys, name, Output(stream))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 # -- values ----------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Config:
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
             ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size, "lower"),
             ("n_embd pred_embd", lambda v: v % width == 0, f"a multiple of 2 * n_head = {width}"),
-            ("top_k", *within(1, self.n_layer)),
+            ("top_k", lambda v: v <= self.n_layer, f"1 to n_layer = {self.n_layer}"),
             ("target", *one_of("span", "token")),
             ("memory", *one_of("thought", "tokens")),
             ("loss", *one_of("mse", "infonce")),
@@ -283,9 +283,10 @@ def sample_spans(tokens, word_start, cfg):
         widened    the |[c | at | sat]| on | the | m | at       half a word would reveal the rest
         returned    S    0   0     0     S    S    S   S
 
-    Lengths are log-uniform between 1 and max_span tokens. Each row loses exactly mask_ratio of
-    its real tokens, so that shapes are static. Spans start uniformly and extend to the right:
-    the first tokens of a row are removed less often than the others.
+    Lengths are log-uniform between 1 and max_span tokens, rounded: one token is drawn .2 of the
+    time, two .25. Each row loses exactly mask_ratio of its real tokens, of which it needs at least
+    one, so that shapes are static. Spans start uniformly and extend to the right: the first
+    tokens of a row are removed less often than the others.
     """
     (B, T), S = tokens.shape, cfg.max_spans
     t = torch.arange(T, device=tokens.device)                           # (T,)

@@ -190,6 +190,11 @@ def pick_device(cfg):
     if cfg.dtype != "auto":
         gain = "as asked"
     print(f"device {device} ({why}), {'bf16 autocast' if bf16 else 'fp32'} ({gain})")
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        print(f"{torch.cuda.get_device_name()}, {free:.1f} GB of memory free")
+    if cfg.compile and sys.platform == "darwin":
+        raise ValueError("--compile: torch.compile gives wrong results on macOS; leave it out")
     return device, torch.bfloat16 if bf16 else None
 
 def memory_of(device):
@@ -252,8 +257,8 @@ def unseal(sealed, path):
     size = hashlib.sha256().digest_size
     content, digest = sealed[:-size], sealed[-size:]
     if hashlib.sha256(content).digest() != digest:
-        raise ValueError(f"{path} is damaged or no checkpoint of this program: restore it from a "
-                         "copy, or train again with another --out")
+        raise ValueError(f"{path} is damaged, or no checkpoint of this version of the program: "
+                         "restore it from a copy, or train again with another --out")
     return content
 
 def load_checkpoint(out, flag="--out="):
@@ -272,12 +277,36 @@ def load_checkpoint(out, flag="--out="):
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no checkpoint of this program ({type(error).__name__}): "
                          "train again with another --out") from None
-    known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if not known or set(checkpoint["config"]) != fields:
+    if not well_formed(checkpoint):
         raise ValueError(f"{path} was written by another version or program: "
                          "use that one, or train with another --out")
     return checkpoint
+
+CONTENTS = dict(        # of a checkpoint; what phase 2 adds is None before
+    format=int, config=dict, corpus=str, tokenizer=dict, phase=str, step=int, evaluated=bool,
+    model=dict, optimizer=dict, rows=list, threshold=float | None, answers=list | None,
+    concepts=torch.Tensor | None, questions=str | None, teacher=str | None)
+
+def well_formed(checkpoint):
+    """Has a loaded checkpoint the parts, types and finite numbers that this program writes?"""
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        return False
+    if set(checkpoint) != set(CONTENTS):
+        return False
+    if not all(isinstance(checkpoint[name], kind) for name, kind in CONTENTS.items()):
+        return False
+    config = checkpoint["config"]
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    if set(config) != set(fields):
+        return False
+    numbers = {float: (float, int)}     # a flag like --sigreg=1 stores an int
+    typed = all(isinstance(config[name], numbers.get(kind, kind)) for name, kind in fields.items())
+    tensors = [*checkpoint["model"].values(), checkpoint["concepts"]]
+    finite = all(torch.is_tensor(x) and torch.isfinite(x).all() for x in tensors if x is not None)
+    texts = all(isinstance(answer, str) for answer in checkpoint["answers"] or [])
+    rows = all(isinstance(row, dict) and row.get("phase") in PHASES and
+               isinstance(row.get("step"), int) for row in checkpoint["rows"])
+    return typed and finite and texts and rows and checkpoint["phase"] in PHASES
 
 @contextlib.contextmanager
 def locked(out):
@@ -393,9 +422,12 @@ INTERRUPTS = Interrupts()
 
 IN_BAR = ("loss", "r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout")
 
-def format_figure(value):
-    """A figure for the progress bar."""
-    return f"{value:.3g}" if isinstance(value, float) else value
+def show(bar, rows):
+    """The newest figures of a phase, by its rows of the log, in the progress bar."""
+    row = report.newest(rows)
+    shown = {name: row[name] for name in IN_BAR if name in row}
+    bar.set_postfix({name: f"{value:.3g}" if isinstance(value, float) else value
+                     for name, value in shown.items()})
 
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, evaluated=False):
     """The one training loop: every phase and every control trains here.
@@ -415,12 +447,11 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     optimizer = make_optimizer(run, phase, optimizer_state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
-    figures = {}
 
     def evaluate_and_save(step):
         """Complete the last row of the log by the figures; save, log and draw them."""
         INTERRUPTS.deferred = False
-        figures.update(measure(step == steps))
+        figures = measure(step == steps)
         INTERRUPTS.deferred = True
         log.rows[-1].update(figures)
         save(step, optimizer, evaluated=True)
@@ -428,17 +459,12 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
             curves = Path(cfg.out) / "curves.png"
             report.draw_curves(log.rows, PHASES, curves, title=f"{cfg.out}, recipe {cfg.recipe}")
 
-    def show(row):
-        """Newest figures in the progress bar."""
-        shown = row | figures
-        bar.set_postfix({name: format_figure(shown[name]) for name in IN_BAR if name in shown})
-
     if not evaluated:                   # where the phase starts stands beside what it reaches
         if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
             log.add(dict(phase=phase, step=start, tokens=start * batch))
         evaluate_and_save(start)
         log.flush()
-        show(log.rows[-1])
+        show(bar, [row for row in log.rows if row["phase"] == phase])
 
     INTERRUPTS.deferred = True
     clock, timed = time.perf_counter(), start
@@ -493,7 +519,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
             if evaluates:
                 evaluate_and_save(done)
             log.flush()
-            show(row)
+            show(bar, [row for row in log.rows if row["phase"] == phase])
             clock, timed = time.perf_counter(), done
     INTERRUPTS.deferred = False
     bar.close()
@@ -797,7 +823,7 @@ def open_run(cfg, corpus, model):
         # before the model: the teacher's width is the width of W
         vectors, teacher = open_teacher_of(
             cfg, questions, corpus, checkpoint, phase_2_has_begun, left)
-        width = cfg.teacher_width if phase_2_has_begun else 0
+        width = checkpoint["config"]["teacher_width"] if phase_2_has_begun else 0
         if vectors is not None:
             width = vectors.size(1)
         cfg = dataclasses.replace(cfg, teacher_width=width)
@@ -879,10 +905,16 @@ def next_command(cfg):
         return f"python train.py --phase=speak --out={cfg.out}"
     return f"python sample.py --out={cfg.out}"
 
+def end_bars():
+    """Close the progress bars, so that what is printed next begins on a line of its own."""
+    for bar in list(tqdm._instances):   # there is no public list of them
+        bar.close()
+
 def explain(error, cfg):
     """One sentence for an error of a run: what happened, and what to change."""
     if isinstance(error, OSError):      # a full disk, a folder without write permission
-        return (f"{error}: free space or allow writing there; "
+        where = error.filename or cfg.out
+        return (f"{error.strerror or error}: free space in {where}, or allow writing there; "
                 f"--out={cfg.out} says where a run goes")
     if isinstance(error, torch.OutOfMemoryError):
         return (f"out of memory: raise --accum={cfg.accum}, which must divide both batch sizes, "
@@ -899,10 +931,14 @@ def main(argv=None):
         cfg = resolve(read_flags(Config, argv, "train.py"))
         run(cfg)
     except KeyboardInterrupt:
-        print(f"\nstopped and saved; go on with: python train.py --resume --out={cfg.out}",
-              file=sys.stderr)
+        end_bars()
+        said = "stopped; nothing was written"
+        if (Path(cfg.out) / "ckpt.pt").exists():
+            said = f"stopped and saved; go on with: python train.py --resume --out={cfg.out}"
+        print(said, file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        end_bars()
         print(f"train.py: error: {explain(error, cfg)}", file=sys.stderr)
         sys.exit(2)
     minutes = (time.perf_counter() - started) / 60
