@@ -913,9 +913,9 @@ def end_bars():
 def explain(error, cfg):
     """One sentence for an error of a run: what happened, and what to change."""
     if isinstance(error, OSError):      # a full disk, a folder without write permission
-        where = error.filename or cfg.out
-        return (f"{error.strerror or error}: free space in {where}, or allow writing there; "
-                f"--out={cfg.out} says where a run goes")
+        where = f" in {error.filename}" if error.filename else ""
+        return (f"{error.strerror or error}{where}: free space or allow writing there; --out says "
+                "where a run goes")
     if isinstance(error, torch.OutOfMemoryError):
         return (f"out of memory: raise --accum={cfg.accum}, which must divide both batch sizes, "
                 "and --resume")
@@ -926,14 +926,14 @@ def main(argv=None):
     plain_output()
     signal.signal(signal.SIGINT, INTERRUPTS.handle)
     started = time.perf_counter()
-    cfg = Config()
+    cfg = None                          # until the flags have been understood
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
         run(cfg)
     except KeyboardInterrupt:
         end_bars()
         said = "stopped; nothing was written"
-        if (Path(cfg.out) / "ckpt.pt").exists():
+        if cfg and (Path(cfg.out) / "ckpt.pt").exists():
             said = f"stopped and saved; go on with: python train.py --resume --out={cfg.out}"
         print(said, file=sys.stderr)
         sys.exit(130)
