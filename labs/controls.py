@@ -1,16 +1,21 @@
 """
 Controls: what one would use instead of a T-JEPA, in the same size and from the same blocks.
 
-GPT         a decoder-only language model. `Reader` reads the rows of phase 1, `answering` teaches
-            it questions and answers as tokens, `gpt_says` asks it.
+GPT         a decoder-only language model. `read_gpt` trains it on the rows of phase 1, `teach_gpt`
+            on questions and answers as tokens; `gpt_says` asks it.
 masked LM   `variants.MaskedLM`, an encoder that predicts removed tokens. `WordEnergy` asks it, or
             a T-JEPA with a token loss, for the words of a gap.
 """
+import dataclasses
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import data
 import tjepa
+import train
+from labs.runs import fit
 
 # flags of an arm (labs.runs.Arm) whose phase 1 is a masked LM
 MASKED_LM = dict(variant="MaskedLM", mlm=1.0, sigreg=0.0)
@@ -128,7 +133,28 @@ class Reader(GPT):
         surprise = F.cross_entropy(logits.mT, tokens, ignore_index=self.cfg.pad, reduction="none")
         return surprise.sum(1)
 
-# -- a GPT is taught to answer, and asked ----------------------------------------------------------
+# -- a GPT reads, is taught to answer, and is asked ------------------------------------------------
+
+def read_gpt(cfg, corpus):
+    """A `train.Run` whose model is a `Reader` of cfg's width and depth, after phase 1.
+
+    It reads the same rows of text as a T-JEPA with this seed, with the same learning rate.
+    """
+    device, dtype = train.pick_device(cfg)
+    torch.manual_seed(cfg.seed)
+    shape = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
+    model = Reader(shape).to(device)
+    questions = None
+    if corpus.qa:
+        questions = data.Questions(
+            corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
+    run = train.Run(cfg, model, corpus, device, dtype, questions)
+
+    def loss_at(progress):
+        """Loss of random rows of text."""
+        return model.pretrain_loss(corpus.train.batch(cfg.batch_size // cfg.accum).to(device))
+    fit(run, "pretrain", loss_at)
+    return run
 
 def with_end(answers, tokenizer):
     """Answers (n, L) with EOS after their last token: (n, L+1)."""
@@ -139,43 +165,42 @@ def with_end(answers, tokenizer):
 def lesson(model, questions, answers):
     """A batch for a GPT: questions (B, Q), answers (B, A) with EOS -> tokens, targets, positions.
 
-        position     0    1    2    3   4    5    6
-        text       [BOS] what  is  it   ?  moss [EOS]       "is" is dropped:
-        tokens     [BOS] what  it   ?  moss
-        targets      -    -    -  moss [EOS]
-        positions    0    1    3    4   5
+        text         [BOS] what is  it  ?  moss [EOS]       "is" is dropped:
+        tokens       [BOS] what it  ?  moss
+        targets        -    -   -  moss [EOS]
+        positions      0    1   3   4   5
 
-    A dropped token is absent and the others keep their positions: what the encoder of a T-JEPA
-    gets in phase 2, from the same function. A [MASK] instead would be a token that the GPT has
-    never read, and would tell it how many tokens are missing. Without the gap in the positions,
-    distances between words would be other ones in training than when the GPT is asked.
+    A dropped token is absent and the others keep their positions: this is what the encoder of a
+    T-JEPA gets in phase 2, and the same function draws which tokens are dropped. With a [MASK] in
+    its place the GPT would learn from a token that it never read and is never asked with. Without
+    the gap in the positions it would learn other distances than those that it is asked with.
     """
     cfg = model.cfg
     kept, _ = model.drop_tokens(questions, cfg.question_drop)           # (B, Q)
-    question = model.after_bos(questions.masked_fill(~kept, cfg.pad))   # (B, 1+Q)
     whole = torch.cat((model.after_bos(questions), answers), dim=1)     # (B, T) nothing dropped
+    positions = ((whole != cfg.pad).cumsum(1) - 1).clamp(min=0)
+    question = model.after_bos(questions.masked_fill(~kept, cfg.pad))   # (B, 1+Q)
     tokens = torch.cat((question, answers), dim=1)                      # (B, T)
     is_answer = torch.zeros_like(tokens, dtype=torch.bool)
     is_answer[:, question.size(1):] = answers != cfg.pad
-    positions = ((whole != cfg.pad).cumsum(1) - 1).clamp(min=0)
 
-    # padding and dropped tokens go to the right
+    # padding and dropped tokens go to the right, where the longest row ends
     order = (tokens == cfg.pad).byte().argsort(dim=1, stable=True)
-    longest = (tokens != cfg.pad).sum(1).max()
-    order = order[:, :longest]
-    tokens, positions = tokens.gather(1, order), positions.gather(1, order)
+    order = order[:, :(tokens != cfg.pad).sum(1).max()]
+    tokens = tokens.gather(1, order)
+    positions = positions.gather(1, order)
     is_answer = is_answer.gather(1, order)
     targets = tokens[:, 1:].masked_fill(~is_answer[:, 1:], -1)
     return tokens[:, :-1], targets, positions[:, :-1]
 
 def answering(run, taught):
-    """loss_at of a GPT that learns the answers of questions `taught` (numbers, (n,)).
+    """loss_at of a GPT that learns to answer the questions `taught`, numbers (n,).
 
-    Cross-entropy of the answer and its EOS, after [BOS] and the question.
+    The loss is the cross-entropy of the answer and its EOS, after [BOS] and the question.
     """
     questions = run.questions.tokens[taught]                            # (n, Q)
-    answer_of = run.questions.answer_of[taught]
-    answers = with_end(run.questions.answer_tokens[answer_of], run.corpus.tokenizer)    # (n, A)
+    answers = run.questions.answer_tokens[run.questions.answer_of[taught]]
+    answers = with_end(answers, run.corpus.tokenizer)                   # (n, A)
     batch = run.cfg.qa_batch_size // run.cfg.accum
 
     def loss_at(progress):
@@ -185,6 +210,12 @@ def answering(run, taught):
         _, loss = run.model(tokens, targets, positions)
         return loss, dict(token=loss.detach())
     return loss_at
+
+def teach_gpt(run, taught, lr):
+    """Teach a GPT the answers of questions `taught`, for the steps of phases 2 and 3."""
+    steps = run.cfg.distill_steps + run.cfg.speak_steps
+    cfg = dataclasses.replace(run.cfg, speak_steps=steps, speak_lr=lr)
+    fit(run._replace(cfg=cfg), "speak", answering(run, taught))
 
 @torch.no_grad()
 def gpt_says(run, questions, size=1024):
@@ -212,6 +243,11 @@ def gpt_says(run, questions, size=1024):
             logprobs[which] = own.masked_fill(after_end, torch.nan)
     decode = run.corpus.tokenizer.decode
     return [decode(row).strip() for row in answers.tolist()], logprobs
+
+def matches(questions, said):
+    """Which of n answers (strings) are right: bool (n,)."""
+    equal = [answer == row.answer for answer, row in zip(said, questions.rows, strict=True)]
+    return torch.tensor(equal, device=questions.tokens.device)
 
 # -- a masked LM is asked as a T-JEPA is asked -----------------------------------------------------
 
