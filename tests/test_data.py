@@ -162,6 +162,8 @@ def test_the_fingerprint_is_of_the_content(facts):
 def test_git_ignores_what_is_prepared():
     names = ["data/facts/tiny-0123/meta.json", "data/facts/all-0123.4567.part/train.bin"]
     root = Path(prepare.__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("this copy of the project is not a git repository")
     done = subprocess.run(["git", "check-ignore", *names], cwd=root, capture_output=True, text=True)
     assert done.stdout.splitlines() == names
 
