@@ -1,0 +1,174 @@
+"""
+Does speech depend on the thought, can it be traced and edited, and is it known what is not known?
+
+Measures of a T-JEPA that speaks, for labs/speaking.py. Each returns a dict of figures; n is a
+number of questions, A of answers or of tokens in the longest one, D the width of thoughts.
+"""
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+import evaluate
+import train
+from labs import controls, measures
+from labs.runs import plain
+
+IDK = "I don't know"
+
+def silent(thoughts):
+    """Thoughts of zeros: of the memory slots only the bias is left."""
+    return thoughts._replace(latent=torch.zeros_like(thoughts.latent))
+
+def think(run, questions):
+    """What the decoder reads when it is asked these questions: a `Thought`."""
+    thoughts = evaluate.think_all(run, questions.tokens)
+    return silent(thoughts) if run.cfg.no_memory else thoughts
+
+@torch.no_grad()
+def logprobs(run, thoughts, answers, size=512):
+    """Log-probability of each token of answers (n, A), NaN at padding: (n, A)."""
+    parts = []
+    for rows in torch.arange(len(answers), device=run.device).split(size):
+        answer = answers[rows]
+        memories = run.model.decoder.read(thoughts.rows(rows))
+        inputs = F.pad(answer[:, :-1], (1, 0), value=run.model.cfg.bos)
+        states = run.model.decoder(inputs, memories)                            # (B, A, C)
+        every = F.log_softmax(run.model.decoder.token_head(states).float(), dim=-1)
+        own = every.gather(-1, answer[..., None])[..., 0]                       # (B, A)
+        parts.append(own.masked_fill(answer == run.model.cfg.pad, torch.nan))
+    return torch.cat(parts)
+
+def surprise(run, questions, thoughts):
+    """Negative log-likelihood of the right answers in nats a token, by split and phrasing."""
+    right = questions.answer_tokens[questions.answer_of]
+    right = controls.with_end(right, run.corpus.tokenizer)                      # (n, A)
+    nll = -logprobs(run, thoughts, right).nanmean(1)
+    return evaluate.by_split(questions, "nll", nll)
+
+@torch.no_grad()
+def answers_of(run, thoughts):
+    """Greedy speech: n strings, and the log-probability of each token (n, A), NaN at padding."""
+    ids = []
+    for rows in torch.arange(len(thoughts.latent), device=run.device).split(512):
+        with run.autocast():
+            said = torch.stack(list(run.model.speak(thoughts.rows(rows))), dim=1)
+        room = run.cfg.answer_size - said.size(1)
+        ids.append(F.pad(said, (0, room), value=run.model.cfg.pad))             # (B, A)
+    ids = torch.cat(ids)
+    decode = run.corpus.tokenizer.decode
+    return [decode(row).strip() for row in ids.tolist()], logprobs(run, thoughts, ids)
+
+def trust(questions, said, scores):
+    """Are invented subjects (NEVER) told apart from DEC? scores: name -> (n,), higher is surer.
+
+    hallucinated    share of NEVER that gets an answer other than "I don't know"
+    silent_DEC      share of DEC that gets "I don't know"
+    auroc_NAME      of DEC against NEVER, by a score; "I don't know" counts as least sure
+    """
+    rows = torch.cat((questions.where("DEC"), questions.where("NEVER"))).cpu()
+    chosen_rows = [questions.rows[i] for i in rows]
+    known = torch.tensor([row.split == "DEC" for row in chosen_rows])           # (m,)
+    silent_row = torch.tensor([said[i] == IDK for i in rows])
+    figures = dict(hallucinated=(~silent_row)[~known].float().mean().item(),
+                   silent_DEC=silent_row[known].float().mean().item())
+    for name, score in scores.items():
+        score = score.detach().cpu().double()[rows]
+        score = torch.where(silent_row, score.min() - 1, score)
+        figures[f"auroc_{name}"] = measures.auroc(score, known)
+    return figures
+
+def token_scores(logp):
+    """Confidence by log-probabilities (n, A): of all tokens, and of the least likely one."""
+    return dict(token=logp.nanmean(1), least=logp.nan_to_num(0).amin(1))
+
+# -- does speech depend on the thought, and can it be traced and edited? ---------------------------
+
+def same_relation(questions):
+    """For each question the number of another one of its relation: (n,)."""
+    other = torch.arange(len(questions.rows))
+    of_relation = {}
+    for i, row in enumerate(questions.rows):
+        of_relation.setdefault(row.relation, []).append(i)
+    for group in of_relation.values():
+        shift = max(1, len(group) // 2)     # neighbours in the list ask about the same subject
+        other[torch.tensor(group)] = torch.tensor(group[shift:] + group[:shift])
+    return other.to(questions.tokens.device)
+
+def replaced(run, questions):
+    """Exact match, and nats a token above the real memory, when the memory is replaced."""
+    real = think(run, questions)
+    torch.manual_seed(0)
+    mixed = torch.randperm(len(questions.rows), device=run.device)
+    mean = real.latent.mean(0).expand_as(real.latent)
+    other_seed = dataclasses.replace(plain(run.cfg), seed=run.cfg.seed + 1000)
+    stranger = train.build(other_seed, run.corpus.tokenizer).to(run.device)
+    memories = dict(
+        real=real, zero=silent(real), mean=real._replace(latent=mean), shuffled=real.rows(mixed),
+        relation=real.rows(same_relation(questions)),
+        random=think(run._replace(model=stranger), questions))
+    figures = {}
+    least = surprise(run, questions, real)
+    for name, thoughts in memories.items():
+        said, _ = answers_of(run, thoughts)
+        found = evaluate.by_split(questions, "em", controls.matches(questions, said))
+        nll = surprise(run, questions, thoughts)
+        found |= {f"d{key}": nll[key] - least[key] for key in nll}
+        figures |= {f"{key}_memory_{name}": value for key, value in found.items()}
+    return figures
+
+def tracing(questions, said, nearest):
+    """Share of questions whose nearest concept (n,) names what is said (n strings), by split.
+
+    agree_chance: the same with the nearest concept of another question of the relation.
+    """
+    named = [questions.answers[i] for i in nearest.tolist()]
+    agree = torch.tensor([a == b for a, b in zip(named, said)], device=nearest.device)
+    figures = {}
+    for split in (*evaluate.SPLITS, "NEVER"):
+        rows = questions.where(split)
+        if len(rows):
+            figures[f"agree_{split}"] = agree[rows].float().mean().item()
+    others = [named[i] for i in same_relation(questions).tolist()]
+    figures["agree_chance"] = sum(a == b for a, b in zip(others, said)) / len(said)
+    return figures
+
+def rivals_of(questions, nearest):
+    """For each question a third answer of its relation, neither its own nor the nearest: (n,)."""
+    weight = questions.rivals.float()                                           # (n, A)
+    weight = weight.scatter(1, questions.answer_of[:, None], 0)
+    weight = weight.scatter(1, nearest[:, None], 0)
+    torch.manual_seed(0)
+    return torch.multinomial(weight.cpu() + 1e-9, 1)[:, 0].to(nearest.device)
+
+def editing(run, questions, thoughts, said, nearest):
+    """Edit the thought towards a rival answer. follow_NAME: share that then says the rival;
+    stay_NAME: share that says the same as before. NAME: replace, shift_100 (by the difference of
+    the two concepts), random (as far in a random direction)."""
+    rival = rivals_of(questions, nearest)
+    shift = run.concepts[rival] - run.concepts[nearest]                         # (n, D)
+    torch.manual_seed(1)
+    aside = F.normalize(torch.randn_like(shift), dim=1) * shift.norm(dim=1, keepdim=True)
+    edits = dict(replace=run.concepts[rival], shift_100=thoughts.latent + shift,
+                 random=thoughts.latent + aside)
+    wanted = [questions.answers[i] for i in rival.tolist()]
+    figures = {}
+    for name, latent in edits.items():
+        now, _ = answers_of(run, thoughts._replace(latent=latent))
+        for split in ("DEC", "LAT"):
+            rows = questions.where(split).tolist()
+            for figure, words in (("follow", wanted), ("stay", said)):
+                equal = sum(now[i] == words[i] for i in rows)
+                figures[f"{figure}_{name}_{split}"] = equal / max(1, len(rows))
+    return figures
+
+@torch.no_grad()
+def latent_head(run, questions, thoughts):
+    """R@1 of the latent that the decoder's second head gives at [BOS]."""
+    bos = torch.full_like(questions.tokens[:, :1], run.model.cfg.bos)           # (n, 1)
+    states = run.model.decoder(bos, run.model.decoder.read(thoughts))
+    guess = run.model.decoder.latent_head(states[:, 0]).float()                 # (n, D)
+    distance = torch.cdist(guess, run.concepts)
+    distance = distance.masked_fill(~questions.rivals, torch.inf)               # (n, A)
+    own = distance.gather(1, questions.answer_of[:, None])
+    return evaluate.by_split(questions, "head_r1", (distance <= own).sum(1) == 1)
