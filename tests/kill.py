@@ -1,68 +1,245 @@
 """
-Kill train.py at random moments, resume it, compare the final weights with those of an uninterrupted run, bit by bit.
-Every second kill waits for the next checkpoint and strikes while that is being written.
+Kill train.py at 60 random moments, go on, and compare with the same command undisturbed.
 
-    python -m tests.kill            20 kills, some minutes: too long for the test-suite, which stops each phase once instead
+    python -m tests.kill                60 kills, some minutes; seed 0
+    python -m tests.kill --kills=12     a quick look, one kill of each kind
+
+The toy of tests/toy.py goes through all three phases, or one of its phases is begun anew on a
+finished run with another seed. SIGKILL strikes at a random moment, while a file is being written,
+in the first evaluation of a phase begun anew, or while the shipped facts are being prepared.
+Checked after each kill:
+
+    the checkpoint that was there before is whole, as ckpt.pt or ckpt.previous.pt, at every moment
+    --resume, or the same command if nothing was saved yet, ends with the same weights, bit by bit
+    metrics.csv has the same rows (without the speed), config.json says what ckpt.pt holds
 """
-import os
+import argparse
+import csv
+import itertools
+import json
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import report
 import train
-from tests.toy import FLAGS, write_corpus
+from data.facts import prepare
+from tests.forked import Process
+from tests.toy import FLAGS, as_argv, write_corpus
+
+STEPS = dict(pretrain_steps=40, distill_steps=40, speak_steps=40, eval_every=20)
+PHASES_ANEW = ("pretrain", "distill", "speak")
+# how often each command is killed at each kind of moment, of 60
+KINDS = {("all", "any"): 8, ("all", "writing"): 8, ("facts", "preparing"): 8}
+KINDS |= {(phase, moment): 4
+          for phase in PHASES_ANEW for moment in ("any", "writing", "evaluating")}
 
 
-def start(folder, out, *more):
-    """A training process on the toy."""
-    flags = {**FLAGS, "pretrain_steps": 40, "distill_steps": 40, "speak_steps": 40, "eval_every": 10, "out": out,
-             "data": folder / "text.txt", "qa": folder / "qa.tsv"}
-    argv = more or [f"--{name}={value}" for name, value in flags.items()]
-    return subprocess.Popen([sys.executable, "train.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+class Command(NamedTuple):
+    """A command line that is killed."""
+    argv: list                  # without --out
+    seconds: float              # that it takes undisturbed
+    weights: dict               # that it ends with
+    rows: list                  # of its metrics.csv, without the speed
 
 
-def kill_and_resume(folder, whole, seconds, rng, i):
-    """One kill; returns where it hit and whether the resumed run ended with the same weights."""
-    out = folder / f"killed{i}"
-    process, partial = start(folder, out), out / "ckpt.part"
-    time.sleep(rng.uniform(0.2, 0.95) * seconds)
-    while i % 2 and process.poll() is None and not partial.exists():
-        pass
+def rows_of(out):
+    """The rows of metrics.csv without tok_s, which is never the same twice."""
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["tok_s"] = ""
+    return rows
+
+
+def commands(folder):
+    """Name -> argv: a whole run, a phase begun anew, a run on the shipped facts."""
+    paths = dict(data=folder / "text.txt", qa=folder / "qa.tsv")
+    whole = as_argv(FLAGS | STEPS | paths)
+    facts = as_argv(FLAGS | dict(phase="pretrain", pretrain_steps=4, vocab_size=800))
+    return dict(
+        all=whole,
+        pretrain=[*whole, "--phase=pretrain", "--seed=1"],
+        distill=["--phase=distill", "--seed=1"],
+        speak=["--phase=speak", "--seed=1"],
+        facts=facts)
+
+
+def fresh_facts(folder):
+    """A folder of the shipped facts in which nothing was prepared yet; called in a process."""
+    folder.mkdir(exist_ok=True)
+    for name in prepare.SOURCES:
+        shutil.copy(prepare.HERE / name, folder)
+    prepare.HERE = folder
+
+
+def mark_evaluations(mark):
+    """Leave a mark when a phase is evaluated, and let it take a while longer."""
+    def marked(begin):
+        def begun(run):
+            loss_at, measure = begin(run)
+
+            def slow_measure(whole):
+                mark.touch()
+                time.sleep(0.1)
+                figures = measure(whole)
+                time.sleep(0.1)
+                return figures
+            return loss_at, slow_measure
+        return begun
+    train.PHASE_OF = {name: marked(begin) for name, begin in train.PHASE_OF.items()}
+
+
+def draw_nothing(rows, phases, path, title):
+    """Takes the place of `report.draw_curves`, which takes longer than the toy is trained."""
+    train.write_safely(path, b"no picture")
+
+
+def begin(folder, out, name, argv, moment=None, draws=False):
+    """A process that runs a command in out."""
+    def prepare_process():
+        if not draws:
+            report.draw_curves = draw_nothing
+        if name == "facts":
+            fresh_facts(folder / f"facts-{out.name}")
+        if moment == "evaluating":
+            mark_evaluations(folder / f"mark-{out.name}")
+    streams = folder / f"streams-{out.name}"
+    streams.mkdir(exist_ok=True)
+    return Process(train.main, [*argv, f"--out={out}"], streams, prepare_process)
+
+
+def whole_run(folder, name, argv, finished=None):
+    """Run a command undisturbed: a `Command`."""
+    out = folder / f"whole-{name}"
+    if finished:
+        shutil.copytree(finished, out)
+    ended = begin(folder, out, name, argv).wait()
+    assert ended.code == 0, ended.err
+    return Command(argv, ended.seconds, train.load_checkpoint(out)["model"], rows_of(out))
+
+
+def old_is_whole(out, old):
+    """Is the old checkpoint (bytes) there? ckpt.pt is read first, because it is renamed last."""
+    try:
+        if (out / "ckpt.pt").read_bytes() == old:
+            return True
+        return (out / train.PREVIOUS).read_bytes() == old
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(process, moment, seconds, rng, folder, out, check):
+    """Wait until the moment to kill a process; check() is called all the time."""
+    def until(condition):
+        while process.running() and not condition():
+            check()
+            time.sleep(0.0005)
+
+    stop = time.perf_counter() + rng.uniform(0.02, 0.98) * seconds
+    if moment == "any":
+        until(lambda: time.perf_counter() > stop)
+    elif moment == "writing":
+        part = out / rng.choice(("ckpt.part", "ckpt.part", "ckpt.previous.part", "config.part",
+                                 "curves.part", "metrics.part"))
+        if part.stem in ("ckpt", "config", "curves"):       # these are written more than once
+            until(lambda: time.perf_counter() > stop)
+        until(part.exists)
+    elif moment == "evaluating":
+        until((folder / f"mark-{out.name}").exists)
+        stop = time.perf_counter() + rng.uniform(0, 0.2)
+        until(lambda: time.perf_counter() > stop)
+    else:
+        facts = folder / f"facts-{out.name}"
+        until(lambda: any(facts.glob("*.part")))
+        stop = time.perf_counter() + rng.uniform(0, 0.3)
+        until(lambda: time.perf_counter() > stop)
+
+
+def kill(folder, finished, name, moment, command, rng, number):
+    """One kill: (where it hit, list of what was wrong after it)."""
+    out = folder / f"killed{number}"
+    old = None
+    wrong = []
+    if name in PHASES_ANEW:
+        shutil.copytree(finished, out)
+        old = (out / "ckpt.pt").read_bytes()
+
+    def check():
+        if old and not wrong and not old_is_whole(out, old):
+            wrong.append("the earlier checkpoint was lost")
+
+    process = begin(folder, out, name, command.argv, moment, draws=number % 5 == 0)
+    wait_for(process, moment, command.seconds, rng, folder, out, check)
+    ended_before = not process.running()
     process.kill()
     process.wait()
-    found = train.load_checkpoint(out) if (out / "ckpt.pt").exists() else None
-    where = f"{found['phase']} step {found['step']}" if found else "before the first checkpoint"
-    writing = partial.exists()
-    resumed = start(folder, out, "--resume", f"--out={out}") if found else start(folder, out)
-    same = resumed.wait() == 0 and all(torch.equal(value, whole[name])
-                                       for name, value in train.load_checkpoint(out)["model"].items())
+    check()
+
+    path = out / "ckpt.pt"
+    saved = path.exists() and path.read_bytes() != old
+    where = "nothing was saved yet"
+    if saved:
+        found = train.load_checkpoint(out)
+        where = f"last checkpoint: {found['phase']} step {found['step']}"
+    if any(out.glob("*.part*")):
+        where += f", {next(out.glob('*.part*')).name} was being written"
+    if ended_before:
+        where += ", it had ended"
+    ended = begin(folder, out, name, ["--resume"] if saved else command.argv).wait()
+    check()
+    if ended.code != 0:
+        wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
+        return where, wrong
+    checkpoint = train.load_checkpoint(out)
+    for key, value in command.weights.items():
+        if not torch.equal(checkpoint["model"][key], value):
+            wrong.append(f"{key} differs")
+            break
+    if rows_of(out) != command.rows:
+        wrong.append("metrics.csv differs")
+    if json.loads((out / "config.json").read_text()) != checkpoint["config"]:
+        wrong.append("config.json is not that of ckpt.pt")
     shutil.rmtree(out)
-    return where + (", while a checkpoint was being written" if writing else ""), same
+    return where, wrong
 
 
-def main(kills=20):
+def main():
     """Run the kills and print one line each."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    # one of each kind in turn, so that few kills see all kinds
+    rounds = [[kind for kind, times in KINDS.items() if i < times] for i in range(8)]
+    kinds = list(itertools.chain(*rounds))[:given.kills]
+    rng = random.Random(given.seed)
+    right = 0
     with tempfile.TemporaryDirectory() as name:
-        folder, rng = Path(name), random.Random(0)
+        folder = Path(name)
         write_corpus(folder)
-        started = time.perf_counter()
-        assert start(folder, folder / "whole").wait() == 0
-        seconds, whole = time.perf_counter() - started, train.load_checkpoint(folder / "whole")["model"]
-        results = []
-        for i in range(kills):
-            where, same = kill_and_resume(folder, whole, seconds, rng, i)
-            results.append(same)
-            print(f"kill {i + 1}: last checkpoint {where}; {'bit-identical' if same else 'DIFFERENT'}", flush=True)
-        print(f"{sum(results)} of {kills} bit-identical")
-    sys.exit(0 if all(results) else 1)
+        argv = commands(folder)
+        known = dict(all=whole_run(folder, "all", argv["all"]))
+        finished = folder / "whole-all"
+        for name in argv:
+            if name != "all":
+                source = finished if name in PHASES_ANEW else None
+                known[name] = whole_run(folder, name, argv[name], source)
+        for number, (name, moment) in enumerate(kinds, start=1):
+            where, wrong = kill(folder, finished, name, moment, known[name], rng, number)
+            right += not wrong
+            print(f"kill {number}, {name}, {moment}: {where}; "
+                  f"{'; '.join(wrong) or 'bit-identical'}", flush=True)
+    print(f"{right} of {len(kinds)} kills: bit-identical, the earlier checkpoint never lost "
+          f"(seed {given.seed})")
+    sys.exit(right < len(kinds))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
