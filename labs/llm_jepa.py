@@ -1,30 +1,26 @@
 """
-LLM-JEPA on real pairs: does a latent term between two views help a language model, and by more than learning to stop?
+LLM-JEPA (2025) on real pairs: does a latent term between two views help a language model?
 
-    python data/nlrx/prepare.py                             the pairs: descriptions and regular expressions
-    python -m labs.llm_jepa                                 the map, lambda x k, and with its best the rest: hours
-    python -m labs.llm_jepa --arms=square --seeds=5         more seeds of a group, after map: square, ways, others
-    python -m labs.llm_jepa --fast                          does it run?
+    python data/nlrx/prepare.py --input=../shared/data/nlrx   the pairs; downloaded without --input
+    python -m labs.llm_jepa                                   1 to 10 minutes a run on 2 cores
+    python -m labs.llm_jepa --arms=square --seeds=5           a group: map, square or ways
+    python -m labs.llm_jepa --fast                            half a minute on one core
 
-A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex. LLM-JEPA (2025) adds
-lambda * d(g(z_text), z_code): z is what the model makes of one view alone, its last state at the view's last token, and
-g guesses the regex's z from the description's. The published gain, .54 -> .61 from random weights, comes from code
-whose loss never contains EOS: so each arm is run with EOS in the loss and without, and wrong answers are sorted.
+A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex.
+LLM-JEPA adds lambda * d(g(z_text), z_code). z is the last state of a view that is read alone, and g
+predicts z_code from z_text. The published gain, .54 -> .61 from random weights, was measured with a
+loss without EOS: it may come from learning to stop. So arms run with EOS in the loss and without.
 
-Expected before the first run: with EOS no gain at 8,000 pairs, a small one below; without EOS no exact match at all,
-whatever lambda is, as from random weights nothing else teaches to stop: there the prefix match is what to compare. The
-map is a plateau. What people said is no better a second view than the regex.
+Expected before the first run: with EOS no gain at 8,000 pairs, a small one below. Without EOS no
+exact match for any lambda; prefix match is then to be compared. The map of lambda and k is a
+plateau. A description by people is no better a second view than the regex.
 
-Arms of a size share pairs, batches, steps and learning rate, tuned for lambda = 0 on training pairs held out; a seed
-draws pairs and weights. Lambda and k are the map's best by its column dev, and no test pair is looked at for that.
-T-JEPA has three phases with batches, steps and rates of its own, untuned. The table is no model: the commonest reading
-of a sentence.
+All arms of a size share pairs, batches, steps and the learning rate, which was tuned for lambda = 0
+on held-out training pairs. The seed draws pairs and weights. "table" is no model: the commonest
+regex of a sentence whose phrases are cut out.
 """
 import dataclasses
-import json
 import re
-import statistics
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -33,206 +29,202 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import data
-import evaluate
 import tjepa
 import train
 from data.nlrx.prepare import leaked, majority
-from labs import controls
+from labs import controls, runs
 from labs.arms import main, run_arms
-from labs.collapse import read_run
 from labs.measures import rankme
-from labs.tables import by_seed, markdown, over_seeds, publish, table
+from labs.tables import by_seed, figure_of, markdown, over_seeds, publish, tables
 
 FOLDER = Path(data.__file__).parent / "nlrx"
-# what is one token: a class such as [A-Z], a count, \b, .*, a word with its space, or any one character
+# one token: a class such as [A-Z], a count, \b, .*, a word with its space, or one character
 ATOMS = r"\[[^\]]*\]|\{\d,\}|\\b|\.\*| ?[A-Za-z][A-Za-z-]*|."
-SEP = ord("\n")         # ids below 256 are bytes, and no text of a pair holds a line break
-HELD = 500              # training pairs at the end of the file, kept for choosing settings
+SEP = ord("\n")         # ids below 256 are bytes, and no text of a pair has a line break
+HELD = 500              # training pairs at the end of the file that choose settings
 OUTCOMES = ("exact", "over", "same_length", "other")
 
 @dataclasses.dataclass
 class Config(train.Config):
-    """An arm. What it trains, by train.fit, is phase 3: speak_steps, speak_lr and qa_batch_size are its own."""
-    model: str = "gpt"              # gpt | encoder-decoder | t-jepa | table: who learns to translate
-    pairs: str = "synth"            # synth: descriptions by a grammar | turk: by people
+    """An arm. `train.fit` trains it as phase 3: speak_steps, speak_lr and qa_batch_size count."""
+    model: str = "gpt"              # gpt | table
     size: int = 8000                # training pairs, drawn by the seed
-    tests: int = 2000               # test pairs, from the first on, and as many held out at most
-    eos_in_loss: float = 1.0        # share of the steps, from the first on, that ask for EOS too; 0 never
-    latent: float = 0.0             # lambda, the weight of the latent term; 0 is a plain GPT, and no view is read
-    k: int = 0                      # predictor tokens at the end of the description's view; 0: g is the identity
-    mlp: bool = False               # g ends in an MLP
-    view: str = "regex"             # regex | people: what the description is compared with; people said it (synth only)
+    tests: int = 2000               # at most so many test pairs, and so many held-out ones
+    eos_in_loss: bool = True        # does the loss ask for EOS?
+    latent: float = 0.0             # lambda, the weight of the latent term; at 0 no view is read
+    k: int = 0                      # predictor tokens at the end of the description's view
+    mlp: bool = False               # g is an MLP; else the identity
+    view: str = "regex"             # second view: regex | people (another description, by a person)
     distance: str = "cosine"        # cosine | mse | infonce
-    stop_gradient: bool = False     # keeps the regex's view from coming towards the guess; the authors' code lets it
-    latent_drop: float = 0.0        # share of the steps without the latent term, drawn by chance
-    n_embd: int = 160               # width; with 4 layers 1.3 million parameters
-    block_size: int = 128           # longest description, in tokens
-    answer_size: int = 32           # longest regex, EOS included; longer outputs are cut there: the longest gold is 24
+    stop_gradient: bool = False     # of the second view; the authors' code has a gradient
+    latent_drop: float = 0.0        # share of the steps without the latent term
+    n_embd: int = 160               # with 4 layers 1.3 million parameters
+    block_size: int = 128           # longest description in tokens
+    answer_size: int = 32           # longest regex, EOS included; the longest gold one has 24
     qa_batch_size: int = 64         # pairs a step
-    speak_lr: float = 2e-3          # peak learning rate
-    weight_decay: float = 0.5       # ten times T-JEPA's: held-out pairs .87 in 1,200 steps, not .85 in 1,500 (1 seed)
-    eval_every: int = 10 ** 9       # evaluated once, at the end
+    speak_lr: float = 2e-3
+    weight_decay: float = 0.5       # ten times train.py's: dev .87, not .85 (1 seed)
+    eval_every: int = 10 ** 9
 
-# -- pairs -------------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------
+
 def read(name):
     """(description, regex) of each line of a prepared file."""
     path = FOLDER / f"{name}.tsv"
     if not path.exists():
-        raise ValueError(f"{path} is missing: run `python data/nlrx/prepare.py` first")
+        raise ValueError(f"{path} is missing: run `python data/nlrx/prepare.py "
+                         "--input=../shared/data/nlrx` first, or without --input to download")
     return data.read_rows(path, lambda *fields: fields)
 
 def draw(pairs, size, seed):
-    """(the pairs to learn from, the pairs to choose settings by): the latter are none where all are learned from."""
-    pool, held = (pairs[:-HELD], pairs[-HELD:]) if size <= len(pairs) - HELD else (pairs, [])
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:size]
-    return [pool[i] for i in order], held
+    """(pairs to learn from, pairs to choose settings by): the latter are none if all are needed."""
+    pool, held = pairs[:-HELD], pairs[-HELD:]
+    if size > len(pool):
+        pool, held = pairs, []
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return [pool[i] for i in order[:size]], held
 
 def views_of(cfg, pairs):
-    """The texts of n pairs, by view; what people said of the same regex only where the latent term reads it."""
+    """The texts of n pairs by view; the people's descriptions only where they are the view."""
     views = dict(description=[" " + text for text, _ in pairs], regex=[regex for _, regex in pairs])
     if cfg.view == "people":
-        # a description of both files keeps what was said of it in the training file
-        said = {text: other for part in ("test", "train") for text, other, _ in read(f"views_{part}")}
+        # A description in both files has the person's words of the training file.
+        said = {text: other for part in ("test", "train")
+                for text, other, _ in read(f"views_{part}")}
         views["people"] = [" " + said[text] for text, _ in pairs]
     return views
 
 def vocabulary(views):
-    """A tokenizer of the atoms that occur twice in the texts of all views; any other falls apart into bytes."""
-    atoms = Counter(atom for texts in views.values() for text in texts for atom in re.findall(ATOMS, text))
+    """A tokenizer of the atoms that occur twice in all views; other texts are cut into bytes."""
+    texts = [text for of_view in views.values() for text in of_view]
+    counts = Counter(atom for text in texts for atom in re.findall(ATOMS, text))
     ranks = [bytes([byte]) for byte in range(256)]
-    return data.Tokenizer(ranks + sorted({atom.encode() for atom, n in atoms.items() if n > 1} - set(ranks)), ATOMS)
+    common = {atom.encode() for atom, n in counts.items() if n > 1}
+    return data.Tokenizer(ranks + sorted(common - set(ranks)), ATOMS)
 
 def pack(tokenizer, views, cfg):
-    """The texts of each view as ids, padded: (n, T) each."""
-    limits = dict.fromkeys(views, (cfg.block_size, "--block_size")) | dict(
-        regex=(cfg.answer_size - 1, "--answer_size"))
-    return {name: data.pack(tokenizer, texts, *limits[name]) for name, texts in views.items()}
+    """The texts of each view as ids, padded: a dict of (n, T)."""
+    return {name: data.pack(tokenizer, texts, cfg.block_size, "--block_size")
+            for name, texts in views.items()}
 
 def join(pad, *parts):
-    """Parts end to end -> (B, longest): ids (B, T), and single ids for all rows. Padding moves to the right."""
+    """Concatenate ids (B, T) and single ids of all rows: (B, longest), padding on the right.
+
+        [BOS] + the dog - - + [SEP]  ->  [BOS] the dog [SEP]
+    """
     like = next(part for part in parts if torch.is_tensor(part))
-    rows = torch.cat([part if torch.is_tensor(part) else like.new_full((len(like), 1), part) for part in parts], dim=1)
-    rows = rows.gather(1, (rows == pad).byte().argsort(dim=1, stable=True))
-    return rows[:, :(rows != pad).sum(1).max()]
+    columns = [part if torch.is_tensor(part) else like.new_full((len(like), 1), part)
+               for part in parts]
+    rows = torch.cat(columns, dim=1)
+    order = (rows == pad).byte().argsort(dim=1, stable=True)
+    longest = (rows != pad).sum(1).max()
+    return rows.gather(1, order)[:, :longest]
 
-def places(tokens):
-    """0, 1, ... for tokens (B, T): (T,)."""
-    return torch.arange(tokens.size(1), device=tokens.device)
+# -- the language model ----------------------------------------------------------------------------
 
-# -- the language model ------------------------------------------------------------------------------------------------
 class GPT(controls.GPT):
-    """The control's GPT with LLM-JEPA's latent term. [MASK] is the predictor token: something is to be guessed here.
-    A batch is a dict, view -> ids (B, T), padded on the right."""
+    """The labs' GPT with LLM-JEPA's latent term; the predictor token is [MASK].
+
+    A batch is a dict, view -> ids (B, T), padded on the right.
+    """
+
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.block_size + cfg.answer_size + 2)
-        C = cfg.n_embd
-        # last, so that an arm without it starts from the same weights
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)) if cfg.mlp else nn.Identity()
+        super().__init__(cfg, 2 * cfg.block_size + 3)
+        # made last, so that an arm without it starts from the same weights
+        self.mlp = nn.Identity()
+        if cfg.mlp:
+            hidden = 4 * cfg.n_embd
+            self.mlp = nn.Sequential(
+                nn.Linear(cfg.n_embd, hidden), nn.GELU(), nn.Linear(hidden, cfg.n_embd))
         self.mlp.apply(self.init_weights)
 
-    def token_loss(self, batch, progress):
-        """Cross-entropy of the regex after its description, and of EOS while it counts. progress: share of the run."""
+    def token_loss(self, batch, with_eos):
+        """Cross-entropy of the regex after its description, with or without its EOS."""
         cfg = self.cfg
-        tokens = join(cfg.pad, cfg.bos, batch["description"], SEP, batch["regex"], cfg.eos)             # (B, T)
-        states, following = self.states(tokens)[:, :-1], tokens[:, 1:]                  # (B, T-1, C), (B, T-1)
-        asked = (tokens == SEP).cumsum(1)[:, :-1].bool() & (following != cfg.pad)                       # (B, T-1)
-        if progress >= cfg.eos_in_loss:
-            asked &= following != cfg.eos
-        return F.cross_entropy(self.say(states[asked]), following[asked])
+        tokens = join(cfg.pad, cfg.bos, batch["description"], SEP, batch["regex"], cfg.eos)
+        states = self.states(tokens)[:, :-1]                            # (B, T-1, C)
+        following = tokens[:, 1:]                                       # (B, T-1)
+        counts = (tokens == SEP).cumsum(1)[:, :-1].bool() & (following != cfg.pad)
+        if not with_eos:
+            counts &= following != cfg.eos
+        return F.cross_entropy(self.say(states[counts]), following[counts])
+
+    def last_state(self, tokens):
+        """z of a view: the state of the last token of each row, (B, T) -> (B, C)."""
+        states = self.states(tokens)                                    # (B, T, C)
+        last = (tokens != self.cfg.pad).sum(1) - 1
+        return states[torch.arange(len(tokens), device=tokens.device), last]
 
     def views(self, batch):
-        """What the model makes of each of two views alone: g(z_text), z_code (B, C). Both are read in one pass, side by
-        side in a row: no token of one sees the other, and positions start again (rotary ones are relative: they need
-        not)."""
-        pad, bos, mask = self.cfg.pad, self.cfg.bos, self.cfg.mask
-        text, code = join(pad, bos, batch["description"], *[mask] * self.cfg.k), join(pad, bos, batch[self.cfg.view])
-        both, split = torch.cat((text, code), dim=1), text.size(1)                                      # (B, T)
-        positions, second = torch.cat((places(text), places(code))), places(both) >= split              # (T,)
-        sees = (second[:, None] == second) & (positions[:, None] >= positions)                          # (T, T)
-        states, rows = self.states(both, positions, sees), torch.arange(len(both), device=both.device)  # (B, T, C)
-        z_text = states[rows, (text != pad).sum(1) - 1]                                                 # (B, C)
-        z_code = states[rows, (code != pad).sum(1) - 1 + split]
-        return self.mlp(z_text).float(), z_code.float()
+        """g(z_text) and z_code, (B, C) each. Each view is read alone."""
+        cfg = self.cfg
+        text = join(cfg.pad, cfg.bos, batch["description"], *[cfg.mask] * cfg.k)
+        code = join(cfg.pad, cfg.bos, batch[cfg.view])
+        return self.mlp(self.last_state(text)).float(), self.last_state(code).float()
 
     def latent_loss(self, batch):
         """d(g(z_text), z_code)."""
         guess, target = self.views(batch)
-        target = target.detach() if self.cfg.stop_gradient else target
+        if self.cfg.stop_gradient:
+            target = target.detach()
         if self.cfg.distance == "cosine":
             return 1 - F.cosine_similarity(guess, target).mean()
         every = torch.ones(len(guess), dtype=torch.bool, device=guess.device)
         return tjepa.latent_distance(guess, target, every, self.cfg.distance)
 
-    def loss(self, batch, progress):
+    def loss(self, batch):
         """CE + lambda * d -> (loss, stats)."""
-        token, latent = self.token_loss(batch, progress), self.cfg.latent
-        if not latent or torch.rand(()) < self.cfg.latent_drop:     # then the views are not read: half the work
+        token = self.token_loss(batch, self.cfg.eos_in_loss)
+        # Without the term the views are not read, which saves half of the work.
+        if not self.cfg.latent or torch.rand(()) < self.cfg.latent_drop:
             return token, dict(token=token.detach())
-        distance = self.latent_loss(batch)
-        return token + latent * distance, dict(token=token.detach(), latent=distance.detach())
+        latent = self.latent_loss(batch)
+        stats = dict(token=token.detach(), latent=latent.detach())
+        return token + self.cfg.latent * latent, stats
 
     def write(self, descriptions):
-        """Greedy, answer_size tokens: descriptions (B, T), without padding -> ids (B, R), PAD after EOS."""
-        said = self.generate(join(self.cfg.pad, self.cfg.bos, descriptions, SEP), self.cfg.answer_size)
-        ended = (said == self.cfg.eos).cumsum(1)                                                        # (B, R)
-        return said.masked_fill(F.pad(ended[:, :-1], (1, 0)) > 0, self.cfg.pad)     # EOS itself stays
+        """Greedy: descriptions (B, T) without padding -> ids (B, R), PAD after EOS."""
+        prompt = join(self.cfg.pad, self.cfg.bos, descriptions, SEP)
+        ids = self.generate(prompt, self.cfg.answer_size)
+        is_end = ids == self.cfg.eos
+        after_end = is_end.cumsum(1) - is_end.int() > 0
+        return ids.masked_fill(after_end, self.cfg.pad)
 
-class EncoderDecoder(nn.Module):
-    """T-JEPA's encoder and decoder, trained together by cross-entropy: the decoder reads the latents of all tokens."""
-    init_weights, speak, trained_in = tjepa.TJEPA.init_weights, tjepa.TJEPA.speak, controls.GPT.trained_in
+# -- what an arm is judged by ----------------------------------------------------------------------
 
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, tjepa.Encoder(cfg), tjepa.Decoder(cfg)
-        self.apply(self.init_weights)
-
-    def read(self, descriptions):
-        """(B, T) -> what the decoder attends to."""
-        real = descriptions != self.cfg.pad                                                             # (B, T)
-        return tjepa.Thought(None, self.encoder(descriptions, places(descriptions), real[:, None, None]), real)
-
-    def loss(self, batch, progress):
-        """Cross-entropy of the regex and its EOS -> (loss, stats)."""
-        cfg, memory = self.cfg, self.decoder.memory(self.read(batch["description"]))
-        words = join(cfg.pad, batch["regex"], cfg.eos)                                                  # (B, R)
-        states = self.decoder(F.pad(words[:, :-1], (1, 0), value=cfg.bos), *memory)                     # (B, R, C)
-        logits = self.decoder.token_head(states).float().flatten(0, 1)                                  # (B*R, V)
-        token = F.cross_entropy(logits, words.flatten(), ignore_index=cfg.pad)
-        return token, dict(token=token.detach())
-
-    def write(self, descriptions):
-        """As `GPT.write`."""
-        return torch.stack(list(self.speak(self.read(descriptions))), dim=1)
-
-# -- what an arm is judged by ------------------------------------------------------------------------------------------
 def outcome(said, gold):
-    """One of OUTCOMES: exact | over: it went on after the right regex | same_length: as many characters | other."""
+    """exact | over: it went on after the right regex | same_length: in characters | other."""
     if said == gold:
         return "exact"
-    return "over" if said.startswith(gold) else "same_length" if len(said) == len(gold) else "other"
+    if said.startswith(gold):
+        return "over"
+    return "same_length" if len(said) == len(gold) else "other"
 
-def score(said, pairs, leaks):
-    """Shares of the outcomes over the pairs that leaks (n bools) does not mark; prefix is exact or over. exact_leaked
-    is over the marked ones alone, if there are any: what may be learned by heart is no test."""
-    kinds = [outcome(words, gold) for words, (_, gold) in zip(said, pairs)]
-    free, seen = ([kind for kind, leak in zip(kinds, leaks) if leak == which] for which in (False, True))
-    share = {kind: free.count(kind) / len(free) for kind in OUTCOMES}
-    share["prefix"] = share["exact"] + share["over"]
-    return share | (dict(exact_leaked=seen.count("exact") / len(seen)) if seen else {})
+def score(said, pairs):
+    """Shares of the outcomes over n pairs; prefix is exact or over."""
+    kinds = [outcome(words, gold) for words, (_, gold) in zip(said, pairs, strict=True)]
+    figures = {kind: kinds.count(kind) / len(kinds) for kind in OUTCOMES}
+    return figures | dict(prefix=figures["exact"] + figures["over"])
 
 def alike(guess, target, regexes):
-    """Does a description lead to its own regex's latent? guess, target (n, C), regexes n strings. paired, unpaired:
-    mean cosines; r1: share of guesses whose nearest target is of their own regex, by string; RankMe, at most C."""
-    cosine = F.normalize(guess, dim=-1) @ F.normalize(target, dim=-1).T                                 # (n, n)
-    same = torch.tensor([[a == b for b in regexes] for a in regexes], device=cosine.device)             # (n, n)
-    best = same.gather(1, cosine.argmax(1, keepdim=True)).float().mean()
-    return dict(paired=cosine.diagonal().mean().item(), unpaired=cosine[~same].mean().item(), r1=best.item(),
-                r1_chance=same.float().mean().item(), rank_text=rankme(guess), rank_code=rankme(target))
+    """Does a description lead to the latent of its own regex? guess, target (n, C), n strings.
+
+    paired, unpaired: mean cosines. r1: share of guesses whose nearest target has their own regex,
+    by string. rank_text, rank_code: RankMe, at most C.
+    """
+    cosine = F.normalize(guess, dim=-1) @ F.normalize(target, dim=-1).T         # (n, n)
+    number = torch.tensor([regexes.index(regex) for regex in regexes], device=cosine.device)
+    same = number[:, None] == number                                    # (n, n)
+    r1 = same.gather(1, cosine.argmax(1, keepdim=True)).float().mean()
+    return dict(paired=cosine.diagonal().mean().item(), unpaired=cosine[~same].mean().item(),
+                r1=r1.item(), r1_chance=same.float().mean().item(), rank_text=rankme(guess),
+                rank_code=rankme(target))
 
 @torch.no_grad()
 def write(run, tokenizer, descriptions):
-    """What run.model writes for each of n descriptions: n strings. Equally long ones go together: nothing is padded."""
-    ids, said = tokenizer.encode_batch([" " + text for text in descriptions]), [""] * len(descriptions)
+    """Regexes for n descriptions: n strings. Those of equal length go together, unpadded."""
+    ids = tokenizer.encode_batch([" " + text for text in descriptions])
+    said = [""] * len(ids)
     for length in {len(row) for row in ids}:
         which = [i for i, row in enumerate(ids) if len(row) == length]
         with run.autocast():
@@ -241,225 +233,181 @@ def write(run, tokenizer, descriptions):
             said[i] = tokenizer.decode(row)
     return said
 
-# -- an arm ------------------------------------------------------------------------------------------------------------
-def learn_tokens(cfg, taught):
-    """Train one of the models above -> (model, descriptions -> what it writes, pairs -> figures of what is in it)."""
+def learn(cfg, taught):
+    """Train a GPT on pairs: (`train.Run`, tokenizer)."""
     device, dtype = train.pick_device(cfg)
-    tokenizer = vocabulary(views := views_of(cfg, taught))
-    known = {name: ids.to(device) for name, ids in pack(tokenizer, views, cfg).items()}                 # (n, T) each
+    views = views_of(cfg, taught)
+    tokenizer = vocabulary(views)
+    known = {name: ids.to(device) for name, ids in pack(tokenizer, views, cfg).items()}
     torch.manual_seed(cfg.seed)
-    kind = GPT if cfg.model == "gpt" else EncoderDecoder
-    model = kind(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)).to(device)
+    model = GPT(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)).to(device)
     run = train.Run(cfg, model, None, device, dtype)
 
     def loss_at(progress):
-        """Of a batch, which is drawn first: all arms of a seed see the same ones."""
+        """Loss of random pairs. They are drawn first, so that all arms of a seed see the same."""
         which = torch.randint(len(taught), (cfg.qa_batch_size // cfg.accum,)).to(device)
-        return model.loss({name: join(model.cfg.pad, ids[which]) for name, ids in known.items()}, progress)
-    train.fit(run, "speak", loss_at, lambda whole: {}, evaluate.Log(cfg.out, []), lambda step, optimizer: None)
+        return model.loss({name: join(model.cfg.pad, ids[which]) for name, ids in known.items()})
+    runs.fit(run, "speak", loss_at)
+    return run, tokenizer
 
-    def look(pairs):
-        """How alike its views of n pairs are, and its cross-entropy of their regexes, EOS never counted."""
-        batch = {name: ids.to(device) for name, ids in pack(tokenizer, views_of(cfg, pairs), cfg).items()}
-        return alike(*model.views(batch), [regex for _, regex in pairs]) | dict(
-            token_loss=model.token_loss(batch, 1.0).item())
-    return model, lambda texts: write(run, tokenizer, texts), look if cfg.model == "gpt" else None
-
-def learn_t_jepa(cfg, taught):
-    """The same for T-JEPA: it reads all pairs (phase 1), learns description -> latent of the regex, then to say it."""
-    text, qa = Path(cfg.out) / "pairs.txt", Path(cfg.out) / "pairs.tsv"
-    text.write_text("".join(f"{description}: {regex}\n" for description, regex in taught))
-    qa.write_text("".join(f"{description}\t{regex}\n" for description, regex in taught))
-    shared = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.Config)}
-    train.run(cfg := train.Config(**shared | dict(data=str(text), qa=str(qa))))
-    device, dtype = train.pick_device(cfg)
-    corpus, model = read_run(cfg)
-    run = train.Run(cfg, model.to(device), corpus, device, dtype)
-
-    def ids(texts):
-        """As the run reads them."""
-        return data.pack(corpus.tokenizer, texts, cfg.block_size, "--block_size").to(device)
-    def write(texts):
-        """Think, then speak."""
-        return evaluate.say(run, evaluate.think_all(run, ids(texts)))
-    def look(pairs):
-        """How alike the thoughts are to the latents that they should be."""
-        texts, regexes = zip(*pairs)
-        target = evaluate.standardise(model, model.concept(ids([" " + regex for regex in regexes])))       # (n, C)
-        return alike(evaluate.think_all(run, ids(list(texts))).latent, target, regexes)
-    return model, write, look
-
-def learn_table(cfg, taught):
-    """The same for no model at all."""
-    guess = majority(taught)
-    return nn.Identity(), lambda texts: [guess(text) for text in texts], None
+@torch.no_grad()
+def look(run, tokenizer, pairs):
+    """How alike the views of n pairs are, and the cross-entropy of their regexes without EOS."""
+    packed = pack(tokenizer, views_of(run.cfg, pairs), run.cfg)
+    batch = {name: ids.to(run.device) for name, ids in packed.items()}
+    figures = alike(*run.model.views(batch), [regex for _, regex in pairs])
+    token_loss = run.model.token_loss(batch, with_eos=False)
+    return figures | dict(token_loss=token_loss.item())
 
 def measure(cfg):
-    """Train an arm and judge it on the test pairs: a dict of figures. said.json keeps what it wrote."""
-    known, test = read(f"{cfg.pairs}_train"), read(f"{cfg.pairs}_test")[:cfg.tests]
-    (taught, held), leaks = draw(known, cfg.size, cfg.seed), leaked(known, test)    # of the whole file: one test set
+    """Train an arm and judge it on the test pairs: a dict of figures."""
+    known = read("synth_train")
+    taught, held = draw(known, cfg.size, cfg.seed)
     held = held[:cfg.tests]
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    model, write, look = {"t-jepa": learn_t_jepa, "table": learn_table}.get(cfg.model, learn_tokens)(cfg, taught)
-    figures = dict(minutes=(time.perf_counter() - started) / 60,
-                   million=sum(p.numel() for name, p in model.named_parameters() if "target" not in name) / 1e6,
-                   term=f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none")
-    said = write([text for text, _ in test + held])                                 # at once: fewer, larger batches
-    (Path(cfg.out) / "said.json").write_text(json.dumps(said))
-    figures |= score(said[:len(test)], test, leaks)
+    # A model may know a leaked pair by heart. By the whole file: all sizes have the same test set.
+    every = read("synth_test")[:cfg.tests]
+    test = [pair for pair, leak in zip(every, leaked(known, every)) if not leak]
+    descriptions = [text for text, _ in test + held]
+    figures = dict(term=f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none")
+    if cfg.model == "table":
+        said = list(map(majority(taught), descriptions))
+    else:
+        run, tokenizer = learn(cfg, taught)
+        figures["million"] = sum(p.numel() for p in run.model.parameters()) / 1e6
+        said = write(run, tokenizer, descriptions)
+        figures |= look(run, tokenizer, test)
+    figures |= score(said[:len(test)], test)
     if held:
-        figures["dev"] = score(said[len(test):], held, [False] * len(held))["exact"]
-    with torch.no_grad():
-        return figures | (look([pair for pair, leak in zip(test, leaks) if not leak]) if look else {})
+        figures["dev"] = score(said[len(test):], held)["exact"]
+    return figures
 
-# -- the arms ----------------------------------------------------------------------------------------------------------
-STEPS = {250: 400, 1000: 600, 8000: 1200}
+# -- the arms --------------------------------------------------------------------------------------
 
-def arm(size, **change):
+STEPS = {250: 400, 1000: 600, 8000: 1200}       # by number of pairs
+# the arm of the map with the best dev (.667 ± .009, 3 seeds; the worst has .569): the test pairs
+# have no say in it
+BEST = dict(latent=1.0, k=3)
+
+def arm(size, **changes):
     """An arm with the steps of its size."""
-    return Config(**dict(size=size, speak_steps=STEPS[size]) | change)
+    return Config(**dict(size=size, speak_steps=STEPS[size]) | changes)
 
-MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k) for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
-
-def cases(best):
-    """What is done at each size; best: lambda and k, a dict."""
-    no_eos = dict(eos_in_loss=0.0)
-    return {"": {}, " latent": best, " no-EOS": no_eos, " latent no-EOS": best | no_eos, " table": dict(model="table")}
-
-def square(best):
-    """EOS x lambda by number of pairs, the table that is no model, and a plain GPT with the latent arms' compute."""
-    arms = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in cases(best).items()}
-    # two views have the tokens of the packed row, at k = 1 exactly: the latent term doubles the work of a step
-    arms |= {f"{size} twice the steps": arm(size, speak_steps=2 * steps) for size, steps in STEPS.items()}
-    return arms | {f"1000{case} EOS-at-first": arm(1000, **cases(best)[case] | dict(eos_in_loss=0.5))
-                   for case in ("", " latent")}
-
-def ways(best):
-    """What else may be a distance, a predictor, a view; and if the shared learning rate favours one side."""
-    changes = {"mse": dict(distance="mse"), "infonce": dict(distance="infonce"),
-               "stop-gradient": dict(stop_gradient=True), "MLP": dict(k=0, mlp=True), "people": dict(view="people"),
-               "drop=.5": dict(latent=2 * best["latent"], latent_drop=0.5)}
-    arms = {name: arm(1000, **best | change) for name, change in changes.items()}
-    return arms | {f"1000{case} lr={lr:g}": arm(1000, speak_lr=lr, **cases(best)[case])
-                   for lr in (1e-3, 4e-3) for case in ("", " latent")}
-
-def others(best):
-    """Descriptions by people; and other models, of about the same size."""
-    arms = {f"turk{case}": arm(8000, pairs="turk", **cases(best)[case]) for case in ("", " latent", " table")}
-    arms |= {f"{size} encoder-decoder": arm(size, model="encoder-decoder", memory="tokens", n_layer=2, dec_layer=2,
-                                            n_embd=144, top_k=1) for size in (1000, 8000)}
-    jepa = arm(8000, model="t-jepa", **train.LATENT, n_embd=104, block_size=64, vocab_size=512,
-               stop_gradient=True, qa_batch_size=128, speak_lr=1e-3, weight_decay=0.05, pretrain_steps=1500,
-               distill_steps=2000, speak_steps=2400)
-    return arms | {f"8000 t-jepa {name}": dataclasses.replace(jepa, **change) for name, change in {
-        "thought": dict(memory="thought"), "both": dict(memory="both"),
-        "both without phase 1": dict(memory="both", pretrain_steps=0)}.items()}
-
-def groups_of(best):
-    """Name of a group of arms -> its arms."""
-    return dict(map=MAP, square=square(best), ways=ways(best), others=others(best))
+MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k)
+       for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
+CASES = {
+    "": {},
+    " latent": BEST,
+    " no-EOS": dict(eos_in_loss=False),
+    " latent no-EOS": BEST | dict(eos_in_loss=False),
+    " table": dict(model="table"),
+}
+SQUARE = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in CASES.items()}
+# Two views have as many tokens as the packed row: the latent term doubles the work of a step.
+SQUARE |= {f"{size} twice the steps": arm(size, speak_steps=2 * steps)
+           for size, steps in STEPS.items()}
+WAYS = {
+    "mse": arm(1000, **BEST, distance="mse"),
+    "infonce": arm(1000, **BEST, distance="infonce"),
+    "stop-gradient": arm(1000, **BEST, stop_gradient=True),
+    "MLP": arm(1000, latent=BEST["latent"], mlp=True),
+    "people": arm(1000, **BEST, view="people"),
+    "drop=.5": arm(1000, k=BEST["k"], latent=2 * BEST["latent"], latent_drop=0.5),
+    "1000 lr=0.001": arm(1000, speak_lr=1e-3),
+    "1000 lr=0.004": arm(1000, speak_lr=4e-3),
+    "1000 latent lr=0.001": arm(1000, speak_lr=1e-3, **BEST),
+    "1000 latent lr=0.004": arm(1000, speak_lr=4e-3, **BEST),
+}
+GROUPS = dict(map=MAP, square=SQUARE, ways=WAYS)
+ARMS = MAP | SQUARE | WAYS
 
 def shrunk(cfg):
     """An arm for --fast."""
-    return dataclasses.replace(cfg, n_embd=32, n_layer=1, top_k=1, dec_layer=1, pred_layer=1, pred_embd=16, size=60,
-                               tests=6, batch_size=8, qa_batch_size=8, pretrain_steps=min(2, cfg.pretrain_steps),
-                               distill_steps=2, speak_steps=2)
+    return dataclasses.replace(cfg, n_embd=32, n_layer=1, top_k=1, size=60, tests=6,
+                               qa_batch_size=8, speak_steps=2)
 
-def best_of_map(rows, out):
-    """Lambda and k of the arm of the map that is best on training pairs held out, and a sentence that says so."""
-    dev = {name: over_seeds(rows, name, "dev") for name in MAP}
-    if missing := [name for name, found in dev.items() if not found]:
-        raise ValueError(f"there is no result of the arm {missing[0]}, and lambda and k are chosen by the map: "
-                         f"run `python -m labs.llm_jepa --arms=map --out={out}` first")
-    mean = {name: found.mean for name, found in dev.items()}
-    best = max(mean, key=mean.get)
-    return dict(latent=MAP[best].latent, k=MAP[best].k), (
-        f"The latent arms take {best}, the arm of the map that is best on held-out training pairs: "
-        f"dev {mean[best]:.3f}, {dev[best].seeds} seeds; the worst has {min(mean.values()):.3f}.")
+# -- the tables ------------------------------------------------------------------------------------
 
-# -- the tables --------------------------------------------------------------------------------------------------------
-ANSWERS = {"latent term": "term", "exact match": "exact", "prefix match": "prefix", "over-generation": "over",
-           "same length": "same_length", "other": "other", "dev": "dev", "leaked": "exact_leaked",
+ANSWERS = {"latent term": "term", "exact match": "exact", "prefix match": "prefix",
+           "over-generation": "over", "same length": "same_length", "other": "other", "dev": "dev",
            "million weights": "million"}
-LATENTS = {"cross-entropy": "token_loss", "cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1",
-           "chance": "r1_chance", "rank of text": "rank_text", "of code": "rank_code"}
-BOTH = {name: ANSWERS[name] for name in ("latent term", "exact match", "prefix match", "dev")} | LATENTS
+LATENTS = {"cross-entropy": "token_loss", "cosine of pairs": "paired", "of others": "unpaired",
+           "R@1": "r1", "chance": "r1_chance", "rank of text": "rank_text", "of code": "rank_code"}
+BOTH = {"latent term": "term", "exact match": "exact", "prefix match": "prefix", "dev": "dev"}
+TABLES = {
+    "By size": (SQUARE, ANSWERS),
+    "Inside (cross-entropy: of a token of a test regex, without EOS)":
+        ([name for name, cfg in SQUARE.items() if cfg.model == "gpt"], LATENTS),
+    "1,000 pairs, lambda and k (1000 is lambda 0)": (["1000", *MAP], BOTH | LATENTS),
+    "1,000 pairs: distances, predictors, views, learning rates":
+        (["1000", "1000 latent", *WAYS], BOTH | LATENTS),
+}
+
+def gain(rows, arm, control, name):
+    """Mean ± standard deviation of arm - control over the seeds that both have, in words."""
+    figures = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
+    found = [row[name] - figures[control, seed][name] for (other, seed), row in figures.items()
+             if other == arm and (control, seed) in figures]
+    if found:
+        above = sum(x > 0 for x in found)
+        mean, deviation, n = figure_of(found)
+    elif older := over_seeds(rows, f"{arm} - {control}", name):
+        # an older table holds the difference itself, under the names of both arms
+        above = over_seeds(rows, f"{arm} - {control}", f"{name}_above").mean
+        mean, deviation, n = older
+    else:
+        return "not measured"
+    spread = "" if deviation is None else f" ± {deviation:.3f}"
+    return f"{mean:+.3f}{spread} ({above} of {n} seeds)"
 
 def gains(rows):
-    """What the latent term adds to an arm that is otherwise the same, seed by seed: markdown."""
-    of = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
+    """Markdown: what the latent term adds to an arm that is otherwise the same, by seed."""
+    figures = ("exact", "prefix", "over")
     lines = [["with", "without", "exact match", "prefix match", "over-generation"]]
-
-    def gain(arm, control, name):
-        """Mean ± standard deviation of the differences, and how many seeds are above 0."""
-        found = [row[name] - of[control, seed][name] for (other, seed), row in of.items()
-                 if other == arm and (control, seed) in of]
-        if not found:       # an older table has the difference itself, under the name of the two arms
-            older, above = (over_seeds(rows, f"{arm} - {control}", figure) for figure in (name, f"{name}_above"))
-            return f"{older.mean:+.3f} ± {older.deviation:.3f} ({above.mean} of {older.seeds} seeds)" if older \
-                else "not measured"
-        spread = f" ± {statistics.stdev(found):.3f}" if found[1:] else ""
-        return f"{statistics.mean(found):+.3f}{spread} ({sum(x > 0 for x in found)} of {len(found)} seeds)"
-    pairs = [(f"{size} latent{tail}", f"{size}{other}") for size in STEPS for tail, other in (
-        ("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS"))]
-    for arm, control in (*pairs, ("1000 latent EOS-at-first", "1000 EOS-at-first"), ("turk latent", "turk")):
-        lines.append([arm, control, *(gain(arm, control, name) for name in ("exact", "prefix", "over"))])
+    for size in STEPS:
+        for term, without in (("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS")):
+            pair = f"{size} latent{term}", f"{size}{without}"
+            lines.append([*pair, *(gain(rows, *pair, name) for name in figures)])
     return markdown(lines)
 
-def text_of(rows, best, chosen):
-    """All tables, markdown. Arms of the square stand again where others are compared with them."""
-    arms, other = square(best), others(best)
-    def inside(arms):
-        """Those that have latents to look at."""
-        return {name: cfg for name, cfg in arms.items() if cfg.model in ("gpt", "t-jepa")}
-    parts = {"By size; leaked: test descriptions that occur in the training file, counted nowhere else":
-             table(rows, arms, ANSWERS),
-             "What the latent term adds, by seed": gains(rows),
-             "Inside; cross-entropy: of a test regex's token, EOS never counted": table(rows, inside(arms), LATENTS),
-             "1,000 pairs: lambda and k; 1000 is lambda 0": table(rows, {"1000": None} | MAP, BOTH),
-             "1,000 pairs: distances, predictors, views, learning rates":
-             table(rows, {"1000": None, "1000 latent": None} | ways(best), BOTH),
-             "Others: descriptions by people, and other models of about the size":
-             table(rows, {"8000": None, "8000 latent": None, "8000 table": None} | other, ANSWERS),
-             "Inside them": table(rows, inside(other), LATENTS)}
-    return "\n\n".join([chosen, *(f"{title}:\n\n{part}" for title, part in parts.items())])
-
 def draw_square(rows, path):
-    """Exact and prefix match by number of pairs, mean and standard deviation over the seeds."""
+    """Exact and prefix match by number of pairs, mean and standard deviation over seeds."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, title) in zip(axes, dict(exact="exact match", prefix="prefix match: exact, or too long").items()):
-        for i, case in enumerate(("", " latent", " no-EOS", " latent no-EOS", " twice the steps", " table")):
-            at = {size * 1.03 ** i: over_seeds(rows, f"{size}{case}", name) for size in STEPS}
-            x, y = list(filter(at.get, at)), list(filter(None, at.values()))
-            axis.errorbar(x, [found.mean for found in y], [found.deviation or 0 for found in y], capsize=3,
-                          fmt="--o" if "no-EOS" in case else "-o", label=case.strip() or "cross-entropy")
-        axis.set(title=title, xscale="log", xlabel="training pairs", ylim=(-0.02, 1))
-    axes[0].legend(fontsize=8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, name in (left, "exact"), (right, "prefix"):
+        for number, case in enumerate(("", " latent", " twice the steps", " no-EOS",
+                                       " latent no-EOS", " table")):
+            found = {size: over_seeds(rows, f"{size}{case}", name) for size in STEPS}
+            sizes = [size for size in STEPS if found[size]]
+            axis.errorbar([size * 1.03 ** number for size in sizes],    # side by side
+                          [found[size].mean for size in sizes],
+                          [found[size].deviation or 0 for size in sizes], fmt="-o", capsize=3,
+                          color="0.7" if case == " table" else f"C{number}",
+                          label=case.strip() or "cross-entropy")
+        axis.set(xscale="log", xlabel="training pairs", ylim=(-0.02, 1))
+    left.set(title="exact match", ylabel="share of test pairs")
+    right.set(title="prefix match: the right regex, then more or not")
+    left.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 def llm_jepa(flags):
-    """Run the map, choose lambda and k by it, run the other arms; write the tables and the figure. --arms takes names
-    of groups too."""
-    flags = dataclasses.replace(flags, seeds=1) if flags.fast else flags
-    groups = groups_of(dict(latent=1.0, k=1))       # what is best changes no name
-    known = [name for arms in groups.values() for name in arms]
-    names = [name for word in (flags.arms.split(",") if flags.arms else groups) for name in groups.get(word, [word])]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--arms={unknown[0]}: this lab has {', '.join([*groups, *known])}")
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
-
-    def run_those(*groups):
-        """Run the arms of some groups that were asked for; rows of all that is on disk."""
-        arms = {name: shrunk(cfg) if flags.fast else cfg
-                for arms in groups for name, cfg in arms.items() if name in names}
-        return run_arms("llm_jepa", arms, dataclasses.replace(flags, arms=""), measure)
-    best, chosen = best_of_map(run_those(MAP), flags.out)
-    rows = run_those(others(best), square(best), ways(best))     # the longest first: they would be the tail
-    draw_square(rows, path := Path(flags.out) / f"llm_jepa{'-fast' * flags.fast}.png")
-    publish("llm_jepa", rows, text_of(rows, best, chosen), flags.table)
+    """Run the arms, then write tables and figure. --arms takes names of arms and of groups."""
+    read("synth_train")                 # without pairs it ends here, in one line
+    words = flags.arms.split(",") if flags.arms else list(GROUPS)
+    names = [name for word in words for name in GROUPS.get(word, [word])]
+    arms = ARMS
+    if flags.fast:
+        print("labs.llm_jepa --fast: half a minute on one core; its figures mean nothing")
+        flags = dataclasses.replace(flags, seeds=1, redo=True)
+        arms = {name: shrunk(cfg) for name, cfg in ARMS.items()}
+    rows = run_arms("llm_jepa", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
+    if flags.fast:
+        print("\n".join(f"{name}: ran" for name in names))
+        return
+    path = Path(flags.out) / "llm_jepa.png"
+    draw_square(rows, path)
+    text = f"{tables(rows, TABLES)}\n\nWhat the latent term adds, by seed:\n\n{gains(rows)}"
+    publish("llm_jepa", rows, text, flags.table)
     print(f"figure: {path}")
 
 

@@ -1,31 +1,27 @@
 """
-How fast is a step, how fast could this machine be, and what would you have used instead?
+How fast is a training step, how fast could this machine be, and what would a GPT cost?
 
-    python -m labs.speed --nanogpt=../nanoGPT   about 25 minutes on 2 cores; leave the machine alone meanwhile
-    python -m labs.speed                        the same without nanoGPT's own model.py beside ours
-    python -m labs.speed --fast                 does it run?
+    python -m labs.speed --nanogpt=../nanoGPT   15 minutes on 2 cores; run nothing else meanwhile
+    python -m labs.speed                        the same without nanoGPT's own model.py
+    python -m labs.speed --fast                 a quarter of a minute on one core: does it run?
 
-Expected before the first run: by FLOPs phase 1 of latents alone costs .85 / .97 / 1.04 of a GPT's step at width 128 /
-256 / 512, with a predictor half as wide (what is removed is absent from the online encoder, the target has no backward
-pass), and by the clock too if our code is tight. Counted since: the default, with words and a wider predictor, costs
-1.13 / 1.24 / 1.31, latents alone .83 / .94 / 1.01. All that is called phase 1 and T-JEPA here is the default, where it
-does not say otherwise.
-Thinking once saves time in long answers only, and because the decoder is shallow: a question costs what it costs a GPT.
+Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: 1.13 /
+1.24 / 1.31 of it at width 128 / 256 / 512). Thinking once saves time in long answers only, because
+the decoder is shallow.
 
-What is compared is called in turn, A B C A B C ..., so that a busy moment hits all alike: trust ratios, not times.
-Times are medians of 20 calls after warm-up (of 10 in growth, of 3 for 256 tokens), ratio is over the first row of a
-width. FLOPs come from torch.utils.flop_counter on one call, of all models alike: 2 a multiply-add of each product of
-matrices, forward and back, attention as full squares even if causal; norms, GELU, softmax, look-ups, optimizer and EMA
-count nothing. of_matmul is FLOP/s over those of a block's four bare products for as many tokens. bf16 is measured where
---dtype=auto chooses it.
+Functions that are compared are called in turn, A B C A B C ..., so that a busy moment of the
+machine hits all of them: trust ratios more than times. The figures of an arm:
+
+    ms          median over 20 calls after a warm-up (3 calls for 256 tokens)
+    ratio       ms over those of the first arm of the same width
+    GFLOP       by torch.utils.flop_counter: 2 per multiply-add of each matrix product, forward and
+                backward; causal attention counts as a full square
+    of_matmul   FLOP/s over those of the four bare matrix products of a block
+    launches    kernels that a GPU would launch, of a step or of one generated token
 """
-import csv
 import dataclasses
 import importlib.util
 import itertools
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import redirect_stdout
 from functools import partial
@@ -36,68 +32,95 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import tjepa
 import train
-from flags import read_flags
-from labs.arms import commit, results
+from labs import arms, records
 from labs.controls import GPT
-from labs.tables import markdown, over_seeds, publish
-
+from labs.tables import markdown, publish
 
 @dataclasses.dataclass
 class Flags:
     """Flags of the speed lab."""
-    nanogpt: str = ""           # folder of a checkout of karpathy/nanoGPT: its model.py is measured too
+    nanogpt: str = ""           # folder of a checkout of karpathy/nanoGPT: its model.py is measured
     threads: int = 0            # CPU threads; 0 = as many as torch takes by itself
-    text: str = ""              # text the tokenizer is trained on, repeated to 1 and 10 MB; without it the shipped one
-    out: str = "out/labs"       # folder of speed.csv and speed.png
-    results: str = "labs/results"   # folder of the results files, relative to the repository: exact match is read there
-    fast: bool = False          # a little of everything: does it run? The figures mean nothing
-    table: str = ""             # write the table into this file, between its markers, instead of only printing it
+    out: str = "out/labs"       # folder of speed-fast.csv
+    results: str = "labs/results"   # folder of speed.csv, relative to the repository
+    fast: bool = False          # a few calls of everything, to see that it runs
+    table: str = ""             # also write the table into this file, between its markers
 
     def __post_init__(self):
+        has_model = not self.nanogpt or Path(self.nanogpt, "model.py").is_file()
         tjepa.check(self, [
-            ("threads", lambda n: n >= 0, "0 (as many as torch takes by itself) or more"),
-            ("table", lambda path: not (path and self.fast), "left out with --fast, which measures nothing"),
-            ("text", lambda path: not path or Path(path).is_file(), "a UTF-8 text file, and there is none"),
-            ("nanogpt", lambda path: not path or Path(path, "model.py").is_file(),
-             "the folder of a checkout of karpathy/nanoGPT, and it has no model.py")])
+            ("threads", lambda n: n >= 0, "0 or more"),
+            ("table", lambda path: not (path and self.fast), "left out: --fast measures nothing"),
+            ("nanogpt", lambda path: has_model, "a checkout of karpathy/nanoGPT, with model.py"),
+        ])
 
-# every: steps of phases 2 and 3 draw from each so-manieth question, evaluations read each so-manieth
-FULL = dict(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=3, batches=(1, 64), answers=(1, 4, 16, 64),
-            every=(16, 1), peaks=(128, 512), text=(10 ** 6, 10 ** 7), growth=dict(
-                rows=(12, 24, 48, 96), width=(64, 128, 256, 512), block_size=(64, 128, 256, 512, 1024)))
-FAST = dict(widths=(32, 64), rows=4, calls=2, said=8, said_calls=1, batches=(1, 2), answers=(1, 4), every=(64, 64),
-            peaks=(32,), text=(10 ** 4,), growth=dict(rows=(2, 4), width=(32, 64), block_size=(64, 128)))
-CFG, MATMUL = train.Config(), "Matrix products of a block"
-COLUMNS = "part what width dtype ms MB exponent ratio GFLOP GFLOP/s of_matmul note commit".split()
+# rows of text a step; tokens to generate; lengths of an answer; questions: each so-manieth
+FULL = SimpleNamespace(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=3,
+                       answers=(1, 4, 16, 64), every=16)
+FAST = SimpleNamespace(widths=(32, 64), rows=4, calls=2, said=8, said_calls=1,
+                       answers=(1, 4), every=64)
+CFG = train.Config()
+MATMUL, STEP = "Matrix products of a block", "Training step"
+SHOWN = ("ms", "ratio", "GFLOP", "GFLOP/s", "of_matmul", "launches", "note")
+
+# -- counting --------------------------------------------------------------------------------------
 
 def count_flops(act):
-    """FLOPs of one call. The counter knows fused attention on GPUs only, so attention is taken apart for it."""
+    """FLOPs of one call."""
+    # The counter knows fused attention on GPUs only, so attention is taken apart for it.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         act()
     return counter.get_total_flops()
 
+class LaunchCounter(TorchDispatchMode):
+    """Counts the aten operations that would launch a kernel on a GPU, one for each operation.
+
+    Views only change sizes and strides, and an empty tensor is not filled. A foreach or fused
+    operation counts once, however many tensors it takes.
+    """
+    WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "sym_", "is_", "_local_scalar_dense")
+
+    def __init__(self):
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func.name().split("::")
+        silent = func.is_view or name.startswith(self.WITHOUT_KERNEL)
+        if namespace == "aten" and not silent:
+            self.launches += 1
+        return func(*args, **(kwargs or {}))
+
+def count_launches(act):
+    """Kernels of one call. The first call of an optimizer also makes its state: warm up before."""
+    with LaunchCounter() as counter:
+        act()
+    return counter.launches
+
+# -- measuring -------------------------------------------------------------------------------------
+
 class Lab:
-    """What the parts share: corpus, device, sizes, a clock, and the rows, on disk the moment they are measured."""
+    """What the parts share: flags, sizes, device, corpus and a clock."""
+
     def __init__(self, flags):
-        self.flags, self.size = flags, SimpleNamespace(**(FAST if flags.fast else FULL))
-        self.ends = self.size.widths[::len(self.size.widths) - 1]       # the narrowest and the widest
+        self.flags = flags
+        self.size = FAST if flags.fast else FULL
+        self.ends = self.size.widths[0], self.size.widths[-1]
         self.device, bf16 = train.pick_device(CFG)
-        self.dtypes = {"fp32": None} | ({"bf16": bf16} if bf16 else {})
-        self.corpus, self.rows, self.limits = data.load(CFG), [], {}    # limits: (width, dtype) -> matmul's GFLOP/s
-        tokenizer, name = self.corpus.tokenizer, "the shipped text"
-        self.rows_of = partial(data.Text, self.corpus.train.tokens, tokenizer=tokenizer, name=name)     # of any length
+        self.dtypes = dict(fp32=None, bf16=bf16) if bf16 else dict(fp32=None)
+        self.limits = {}                # (width, dtype) -> FLOP/s of bare matrix products
+        self.corpus = data.load(CFG)
+        # The longest question and the longest answer fix all padding.
         qa = sorted(self.corpus.qa, key=lambda row: len(row.answer))
-        longest = max(qa, key=lambda row: len(row.question))            # with the longest answer it sets all padding
-        self.some, self.all = (data.Questions([longest, *qa[::-n]], tokenizer, CFG.block_size, CFG.answer_size,
-                                              self.device) for n in self.size.every)
-        self.path = Path(flags.out) / f"speed{'-fast' * flags.fast}.csv"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.commit = commit()
+        some = [max(qa, key=lambda row: len(row.question)), *qa[::-self.size.every]]
+        self.questions = data.Questions(some, self.corpus.tokenizer, CFG.block_size,
+                                        CFG.answer_size, self.device)
 
     def time(self, act):
         """Milliseconds of one call; a GPU is waited for."""
@@ -106,235 +129,221 @@ class Lab:
         getattr(torch, self.device).synchronize()
         return 1e3 * (time.perf_counter() - started)
 
-    def measure(self, part, arms, calls, width="", shares={}, notes={}):
-        """Time arms, (name, dtype) -> function, in turn, a row each; returns their milliseconds. An arm in shares does
-        so much of the work, of which its row tells the whole."""
-        gflop = [count_flops(act) / 1e9 / shares.get(arm, 1) for arm, act in arms.items()]
-        rounds = [[self.time(act) for act in arms.values()] for _ in range(1 + calls)][1:]
-        ms = [np.median(found) / shares.get(arm, 1) for arm, found in zip(arms, zip(*rounds))]
-        for (name, dtype), work, each in zip(arms, gflop, ms):
-            rate = work / each * 1e3
-            limit = self.limits.setdefault((width, dtype), rate if part == MATMUL else np.inf)  # it is measured first
-            self.add(part, name, width, dtype, ms=each, ratio=each / ms[0], note=notes.get(name, ""), GFLOP=work,
-                     **{"GFLOP/s": rate, "of_matmul": rate / limit})
-        return ms
+    def measure(self, part, acts, calls, width, notes={}, tokens=1):
+        """Time functions in turn; append their figures to the results file.
 
-    def add(self, part, what, width="", dtype="", **cells):
-        """One row, on the screen and on disk."""
-        cells = {name: x if isinstance(x, str) else f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-                 for name, x in cells.items() if x}
-        self.rows.append(dict(part=part, what=what, width=width, dtype=dtype, commit=self.commit) | cells)
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        print(part, what, width, dtype, cells, flush=True)
+        acts: (name, dtype) -> function. notes: the same -> text. tokens: launches are stored per
+        so many generated tokens.
+        """
+        gflop = [count_flops(act) / 1e9 for act in acts.values()]       # warms up, too
+        launches = [count_launches(act) / tokens for act in acts.values()]
+        times = [[self.time(act) for act in acts.values()] for _ in range(calls)]
+        medians = np.median(times, axis=0)
+        for arm, work, kernels, ms in zip(acts, gflop, launches, medians):
+            name, dtype = arm
+            rate = work / ms * 1e3
+            if part == MATMUL:
+                self.limits[width, dtype] = rate
+            figures = {"ms": ms, "ratio": ms / medians[0], "GFLOP": work, "GFLOP/s": rate,
+                       "of_matmul": rate / self.limits.get((width, dtype), np.inf),
+                       "launches": kernels, "note": notes.get(arm)}
+            self.store(f"{part}: {name}, width {width}, {dtype}", figures)
 
-    def table(self, part):
-        """The rows of a part in markdown."""
-        rows = [row for row in self.rows if row["part"] == part]
-        names = [name for name in COLUMNS[1:-1] if any(row.get(name) for row in rows)]
-        return f"{part}:\n\n" + markdown([names, *([str(row.get(name, "")) for name in names] for row in rows)])
+    def store(self, arm, figures):
+        """Append the figures of an arm, numbers with three digits at least."""
+        shared = dict(arm=arm, seed="", deviation="", seeds=1, commit=arms.commit(),
+                      device=arms.machine())
+        rows = []
+        for name, value in figures.items():
+            if value:
+                text = value if name == "note" else f"{value:{'.0f' if value >= 100 else '.3g'}}"
+                rows.append(shared | dict(figure=name, value=text))
+        records.append(records.file_of("speed", self.flags), rows)
+        print(f"{arm}: ran" if self.flags.fast else f"{arm}: {figures['ms']:.3g} ms", flush=True)
 
-# -- what a student would use instead ----------------------------------------------------------------------------------
+# -- what is measured ------------------------------------------------------------------------------
+
 def shape(width):
     """The fields of a Config that follow from the width: heads of 32, a predictor as wide."""
     return dict(n_embd=width, n_head=width // 32, pred_embd=width)
 
 def gpt_of(width, depth=CFG.n_layer, size=CFG.block_size):
-    """The control, of our blocks."""
-    return GPT(tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, n_layer=depth, top_k=1), size)
+    """The control, of our blocks. size: the most tokens that it reads."""
+    cfg = tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, n_layer=depth, top_k=1)
+    return GPT(cfg, size)
 
 def nanogpt(lab, width, size=CFG.block_size):
-    """nanoGPT in the encoder's shape, and the optimizer that it configures, from a model.py that is imported from where
-    it lies: nothing of it is part of this repository. It prints its size, which nobody asked for."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(lab.flags.nanogpt, "model.py"))
+    """nanoGPT in the shape of the encoder, and its optimizer. Nothing of it is part of this
+    repository: its model.py is imported from where it is."""
+    path = Path(lab.flags.nanogpt, "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with redirect_stdout(None):
-        model = module.GPT(module.GPTConfig(size, CFG.vocab_size, CFG.n_layer, width // 32, width, 0.0, bias=False))
-        return model.to(lab.device), model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), lab.device)
+    shape = module.GPTConfig(size, CFG.vocab_size, CFG.n_layer, width // 32, width, 0.0, bias=False)
+    with redirect_stdout(None):         # it prints its number of parameters
+        model = module.GPT(shape).to(lab.device)
+        # "cuda" makes AdamW fused, as ours is on every device
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
+    return model, optimizer
 
-# -- training steps ----------------------------------------------------------------------------------------------------
-def gpt_step(lab, model, optimizer, dtype=None):
-    """The step of a GPT, ours or nanoGPT's: as phase 3 takes it, without an EMA."""
-    text, run = lab.rows_of(CFG.block_size + 1), train.Run(CFG, model, lab.corpus, lab.device, dtype)
+def training_step(run, phase, loss_at, optimizer=None):
+    """A function that takes one training step, by the statements of `train.fit`."""
+    optimizer = optimizer or train.make_optimizer(run, phase)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step():
+        """Forward, backward, clip, AdamW, EMA."""
+        with run.autocast():
+            loss, stats = loss_at(0.5)
+        (loss / run.cfg.accum).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, run.cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if train.target_moves(run.cfg, phase):
+            run.model.ema_update()
+    return step
+
+def gpt_step(lab, model, optimizer=None, dtype=None):
+    """The training step of a GPT, ours or nanoGPT's, on as many tokens as phase 1 reads."""
+    tokenizer = lab.corpus.tokenizer
+    text = data.Text(lab.corpus.train.tokens, CFG.block_size + 1, tokenizer, "the shipped text")
+
     def loss_at(progress):
-        """Cross-entropy of rows of text, drawn anew."""
-        rows = text.batch(lab.size.rows).to(lab.device, non_blocking=True)              # (B, T + 1)
-        return model(rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous())[1], {}
-    return partial(train.take_step, run, "speak", optimizer, loss_at, 0.5)
+        """Cross-entropy of random rows of text."""
+        rows = text.batch(lab.size.rows).to(lab.device, non_blocking=True)      # (B, T+1)
+        targets = rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous()
+        return model(rows[:, :-1], targets)[1], {}
+    run = train.Run(CFG, model, lab.corpus, lab.device, dtype)
+    return training_step(run, "speak", loss_at, optimizer)
 
-def phase(lab, name, dtype, questions=None, **changes):
-    """(run, step, measure) of a phase of train.py, untrained."""
-    cfg = dataclasses.replace(CFG, **{"batch_size": lab.size.rows, **changes})
-    run = train.Run(cfg, train.build(cfg, lab.corpus.tokenizer).to(lab.device),
-                    lab.corpus._replace(train=lab.rows_of(cfg.block_size)), lab.device, dtype)
-    more = [questions, train.teach(run, questions, None)] if name != "pretrain" else []
-    loss_at, measure = getattr(train, name)(run, *more)
-    return run, partial(train.take_step, run, name, train.optimizer_for(run, name, None), loss_at, 0.5), measure
+def phase_step(lab, phase, dtype, width):
+    """The training step of a phase of train.py, with fresh weights."""
+    cfg = dataclasses.replace(CFG, batch_size=lab.size.rows, **shape(width))
+    model = train.build(cfg, lab.corpus.tokenizer).to(lab.device)
+    run = train.Run(cfg, model, lab.corpus, lab.device, dtype, lab.questions)
+    if phase != "pretrain":
+        run = run._replace(concepts=train.set_answers(run, None))
+    loss_at, _ = train.PHASE_OF[phase](run)
+    return training_step(run, phase, loss_at)
 
 def products(lab, width, dtype):
-    """The four bare products of a block, for the tokens of a step."""
+    """The four bare matrix products of a block, for the tokens of a step."""
     n = lab.size.rows * CFG.block_size
-    made = [[torch.randn(size, width * i, device=lab.device, dtype=dtype) for size in (n, width * o)]
-            for i, o in ((1, 3), (1, 1), (1, 4), (4, 1))]
+    made = []
+    for n_in, n_out in ((1, 3), (1, 1), (1, 4), (4, 1)):
+        x = torch.randn(n, width * n_in, device=lab.device, dtype=dtype)
+        weight = torch.randn(width * n_out, width * n_in, device=lab.device, dtype=dtype)
+        made.append((x, weight))
     return lambda: [F.linear(x, weight) for x, weight in made]
 
 def steps(lab):
-    """The bare products, which are the limit; then nanoGPT, the control and the three phases."""
+    """The bare products first, which are the limit; then nanoGPT, our GPT and the three phases."""
     for width in lab.size.widths:
-        lab.measure(MATMUL, {("C-3C, C-C, C-4C, 4C-C", name): products(lab, width, dtype) for name, dtype in (
-            ("fp32", torch.float32), ("bf16", torch.bfloat16))}, lab.size.calls, width)
-        arms = {("nanoGPT", "fp32"): gpt_step(lab, *nanogpt(lab, width))} if lab.flags.nanogpt else {}
+        bare = {("C-3C, C-C, C-4C, 4C-C", name): products(lab, width, dtype)
+                for name, dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items()}
+        lab.measure(MATMUL, bare, lab.size.calls, width)
+        acts = {}
+        if lab.flags.nanogpt:
+            acts["nanoGPT", "fp32"] = gpt_step(lab, *nanogpt(lab, width))
         for name, dtype in lab.dtypes.items():
             gpt = gpt_of(width).to(lab.device)
-            adamw = torch.optim.AdamW(train.groups([gpt], CFG.weight_decay), fused=True)
-            arms["GPT of our blocks", name] = gpt_step(lab, gpt, adamw, dtype)
-            for i, kind in enumerate(train.PHASES, 1):
-                arms[f"phase {i}, {kind}", name] = phase(lab, kind, dtype, lab.some, **shape(width))[1]
-            latent = shape(width) | dict(mlm=0.0, pred_embd=width // 2)
-            arms["phase 1, latents alone", name] = phase(lab, "pretrain", dtype, **latent)[1]
-        lab.measure("Training step", arms, lab.size.calls, width)
+            acts["GPT of our blocks", name] = gpt_step(lab, gpt, dtype=dtype)
+            for number, phase in enumerate(train.PHASES, 1):
+                acts[f"phase {number}, {phase}", name] = phase_step(lab, phase, dtype, width)
+        lab.measure(STEP, acts, lab.size.calls, width)
 
-def growth(lab):
-    """Phase 1 against rows, width and block size (at as many tokens), and the exponents that fit best."""
-    narrow, tokens = shape(lab.ends[0]), lab.size.rows * CFG.block_size
-    changes = dict(rows=lambda n: narrow | dict(batch_size=n), width=shape,
-                   block_size=lambda n: narrow | dict(block_size=n, batch_size=tokens // n))
-    for what, points in lab.size.growth.items():
-        arms = {(f"{what} {n}", "fp32"): phase(lab, "pretrain", None, **changes[what](n))[1] for n in points}
-        slope = np.polyfit(np.log(points), np.log(lab.measure("Growth of phase 1", arms, lab.size.calls // 2)), 1)[0]
-        lab.add("Growth of phase 1", f"{what}: time grows with its power", exponent=slope)
-
-# -- speaking ----------------------------------------------------------------------------------------------------------
 def endless(lab, width, size):
-    """An untrained model in which no token ends an answer: it says as much as it is asked for, at most size tokens."""
-    cfg = type("Endless", (tjepa.Config,), dict(eos=-1))(**shape(width), vocab_size=CFG.vocab_size, answer_size=size)
+    """An untrained model in which no token ends an answer: it says `size` tokens."""
+    cfg = tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, answer_size=size)
+    cfg.eos = -1
     return tjepa.TJEPA(cfg, lab.corpus.tokenizer.word_start).to(lab.device)
 
 @torch.no_grad()
 def generation(lab):
-    """Saying 256 tokens, drawn at temperature 1. Without a cache a token costs more the later it comes; for a batch, 4
-    lengths, spread evenly, stand for all."""
-    for width, batch in itertools.product(lab.ends, lab.size.batches):
-        n, model = lab.size.said, endless(lab, width, lab.size.said)
-        lengths = range(1, n + 1) if batch == 1 else range(n // 8, n + 1, n // 4)
-        empty, words = torch.zeros(batch, 0, device=lab.device), torch.randint(n, (batch, n), device=lab.device)
-        thought = tjepa.Thought(torch.randn(batch, width, device=lab.device), empty, empty)
-        def uncached():
-            """All that was said is read again for each token."""
-            memory = model.decoder.memory(thought)
-            for i in lengths:
-                logits = model.decoder.token_head(model.decoder(words[:, :i], *memory)[:, -1])          # (B, V)
-                tjepa.pick(logits, temperature=1.0)
-        def cached(dtype):
-            """As sample.py does."""
+    """256 tokens, one text at a time: nanoGPT without a cache, ours with a KV cache."""
+    n = lab.size.said
+    for width in lab.ends:
+        model, gpt = endless(lab, width, n), gpt_of(width, size=n + 1).to(lab.device)
+        nothing = torch.zeros(1, 0, device=lab.device)
+        thought = tjepa.Thought(torch.randn(1, width, device=lab.device), nothing, nothing)
+        start = torch.zeros(1, 1, dtype=torch.long, device=lab.device)
+
+        def speak(dtype):
+            """As sample.py does, at temperature 1."""
             with torch.autocast(lab.device, dtype, enabled=dtype is not None):
                 list(model.speak(thought, temperature=1.0))
-        arms = {("decoder, no cache", "fp32"): uncached}
+        acts = {}
         if lab.flags.nanogpt:
-            theirs, calls = nanogpt(lab, width, n)[0], [(1, n)] if batch == 1 else [(i, 1) for i in lengths]
-            arms = {("nanoGPT's generate", "fp32"): lambda: [theirs.generate(words[:, :i], k) for i, k in calls]} | arms
-        shares = dict.fromkeys(arms, len(lengths) / n)
-        arms |= {("decoder, KV cache", name): partial(cached, dtype) for name, dtype in lab.dtypes.items()}
-        lab.measure(f"Saying {n} tokens, {batch} at a time", arms, lab.size.said_calls, width, shares)
+            acts["nanoGPT's generate", "fp32"] = partial(nanogpt(lab, width, n)[0].generate, start, n)
+        acts["GPT of our blocks, KV cache", "fp32"] = partial(gpt.generate, start, n)
+        for name, dtype in lab.dtypes.items():
+            acts["decoder, KV cache", name] = partial(speak, dtype)
+        part = f"Saying {n} tokens, 1 at a time"
+        lab.measure(part, acts, lab.size.said_calls, width, tokens=n)
 
 @torch.no_grad()
 def thinking(lab):
-    """Think once, then say n tokens; against GPTs that read the question and say them, with a KV cache."""
-    lengths = (lab.some.tokens != lab.corpus.tokenizer.pad).sum(1)                      # (N,)
-    row, V = lengths.argsort()[len(lengths) // 2], CFG.vocab_size
-    question = lab.some.tokens[row:row + 1, :lengths[row]]                              # (1, Q), of middling length
-    def match(arm, width):
-        """Exact match of an arm of the facts lab, in words; it knows one width."""
-        said = {split: over_seeds(known, arm, f"em_{split}_heldout") for split in ("DEC", "LAT")}
-        found = [f"{split} {em.mean:.2f}" for split, em in said.items() if em and width == CFG.n_embd]
-        return "exact match " + (", ".join(found) or "not measured")
-    known = [] if lab.flags.fast else results("facts", lab.flags)
+    """Think once, then say n tokens; against GPTs that read the question and say n tokens."""
+    lengths = (lab.questions.tokens != lab.corpus.tokenizer.pad).sum(1)
+    row = lengths.argsort()[len(lengths) // 2]                          # of middling length
+    question = lab.questions.tokens[row:row + 1, :lengths[row]]         # (1, Q)
     for width, n in itertools.product(lab.ends, lab.size.answers):
         model = endless(lab, width, max(4, n))
-        ours = lambda: list(itertools.islice(model.speak(model.think(question)), n))
-        gpt = lambda depth: partial(gpt_of(width, depth, question.size(1) + n).to(lab.device).generate, question, n)
-        params = sum(p.numel() for part in (model.encoder, model.predictor, model.decoder) for p in part.parameters())
-        flops, one, two = map(count_flops, (ours, gpt(1), gpt(2)))              # a GPT's grow with its depth, linearly
-        depths = {"GPT of equal parameters": round((params - (V + 1) * width) / (12 * width + 2) / width),
-                  "GPT of equal FLOPs": max(1, round(1 + (flops - one) / (two - one)))}
-        notes = {name: f"{depth} layers, " + match(f"GPT of {depth} layers" if depth != CFG.n_layer else "GPT", width)
-                 for name, depth in depths.items()} | {"T-JEPA": match("default", width)}
-        arms = {(name, "fp32"): gpt(depth) for name, depth in depths.items()} | {("T-JEPA", "fp32"): ours}
-        lab.measure(f"Question of {question.size(1)} tokens, answer of {n}", arms, lab.size.calls, width, notes=notes)
 
-# -- what surrounds the steps ------------------------------------------------------------------------------------------
-def children(lab):
-    """Peak memory, import and --help, each in a process of its own. They come first, while this process is small: on
-    Linux a child's peak begins with the memory of its parent."""
-    def python(*argv):
-        """The words that a process of its own prints."""
-        root = Path(train.__file__).parent
-        return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=root).stdout.split()
-    for width in lab.size.peaks:
-        with tempfile.TemporaryDirectory() as out:
-            printed = python("-c", f"""import sys, torch, train
-train.run(train.Config(phase="pretrain", pretrain_steps=3, out={out!r}, **{shape(width)}))
-print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-      __import__("resource").getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024))""")
-        lab.add("Around", "peak memory of phase 1", width, MB=float(printed[-1]) / 1e6 if printed else "not measured")
-    code = "import torch, time; t = time.perf_counter(); import tjepa; print(1e3 * (time.perf_counter() - t))"
-    calls = range(lab.size.said_calls)
-    lab.add("Around", "import of tjepa, after torch", ms=np.median([float(python("-c", code)[0]) for _ in calls]))
-    lab.add("Around", "train.py --help", ms=np.median([lab.time(lambda: python("train.py", "--help")) for _ in calls]))
+        def ours():
+            """One thought, n tokens."""
+            return list(itertools.islice(model.speak(model.think(question)), n))
 
-def around(lab):
-    """Loading, masking, checkpoint, evaluation, tokenizer, at the narrowest width."""
-    run, step, _ = phase(lab, "pretrain", None, **shape(lab.ends[0]))
-    cfg, tokens = run.model.cfg, run.corpus.train.batch(lab.size.rows).to(lab.device)
-    def mask():
-        """What a step does before the encoders."""
-        spans = tjepa.sample_spans(tokens, run.model.word_start, cfg)
-        tjepa.split_spans(spans, tokens, round(cfg.block_size * cfg.mask_ratio), cfg)
-    with tempfile.TemporaryDirectory() as out:
-        state = dict(model=run.model.state_dict(), optimizer=train.optimizer_for(run, "pretrain", None).state_dict())
-        arms = {"step of phase 1": step, "of it loading": lambda: run.corpus.train.batch(lab.size.rows),
-                "of it masking": mask, "writing a checkpoint": lambda: train.save_checkpoint(out, state)}
-        lab.measure("Around", {(what, "fp32"): act for what, act in arms.items()}, lab.size.calls, cfg.n_embd)
-    for name in train.PHASES:
-        measure = phase(lab, name, None, lab.all, **shape(lab.ends[0]))[2]
-        for when, whole in ("between", False), ("at the end", True):
-            lab.add("Around", f"evaluation of {name}, {when}", cfg.n_embd, "fp32", ms=lab.time(partial(measure, whole)))
-    text = data.read_text(lab.flags.text) if lab.flags.text else (
-        run.corpus.tokenizer.decode(run.corpus.train.tokens.tolist()))
-    for size in lab.size.text:
-        act = partial(data.train_bpe, (text * (size // len(text) + 1))[:size], CFG.vocab_size - 4)
-        lab.add("Around", f"training a tokenizer on {size / 1e6:g} MB", ms=lab.time(act),
-                note=f"text of {len(text) / 1e6:.1f} MB{', repeated' * (size > len(text))}")
+        def gpt(depth):
+            """A GPT of some depth, as a function that says n tokens."""
+            longest = question.size(1) + n
+            return partial(gpt_of(width, depth, longest).to(lab.device).generate, question, n)
+        # A GPT's parameters and FLOPs grow linearly with its depth.
+        parts = model.context_encoder, model.predictor, model.decoder
+        params = sum(p.numel() for part in parts for p in part.parameters())
+        flops, one, two = map(count_flops, (ours, gpt(1), gpt(2)))
+        of_block = (12 * width + 2) * width
+        depths = {"parameters": (params - (CFG.vocab_size + 1) * width) / of_block,
+                  "FLOPs": max(1, 1 + (flops - one) / (two - one))}
+        acts, notes = {}, {}
+        for name, depth in depths.items():
+            arm = f"GPT of equal {name}", "fp32"
+            acts[arm] = gpt(round(depth))
+            notes[arm] = f"{round(depth)} layers"
+        acts["T-JEPA", "fp32"] = ours
+        part = f"Question of {question.size(1)} tokens, answer of {n}"
+        lab.measure(part, acts, lab.size.calls, width, notes, tokens=n)
 
-def draw(lab):
-    """speed.png: FLOP/s over those of the bare products, a bar a row, a colour a width."""
-    from matplotlib.figure import Figure        # here and not above: --help should not wait for it
-    rows = [row for row in lab.rows if "of_matmul" in row and row["width"]][::-1]
-    figure = Figure(figsize=(10, 1 + 0.2 * len(rows)), layout="constrained")
-    axis = figure.add_subplot(title="FLOP/s over those of a block's bare products")
-    axis.barh(range(len(rows)), [float(row["of_matmul"]) for row in rows],
-              color=[f"C{lab.size.widths.index(row['width'])}" for row in rows])
-    axis.set_yticks(range(len(rows)), ["{part}: {what}, {width}, {dtype}".format(**row) for row in rows], fontsize=7)
-    figure.savefig(lab.path.with_suffix(".png"))
+# -- the table -------------------------------------------------------------------------------------
 
-def main(argv=None):
-    """Measure everything, draw, write the table. Bad input is one line and exit code 2."""
-    try:
-        flags = Flags(**read_flags(Flags, argv, "labs.speed"))
-        torch.set_num_threads(flags.threads or torch.get_num_threads())
-        lab = Lab(flags)
-        for part in (children, steps, growth, generation, thinking, around):
-            part(lab)
-        draw(lab)
-        parts = dict.fromkeys(row["part"] for row in lab.rows)
-        publish("speed", lab.rows, "\n\n".join(map(lab.table, parts)), flags.table)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def text_of(rows):
+    """A markdown table for each part and device; an arm's newest measurement replaces older ones."""
+    found = {}                          # (part, device) -> arm -> figures
+    for row in rows:
+        part, _, arm = row["arm"].partition(": ")
+        arms_of_part = found.setdefault((part, row["device"]), {})
+        if arms_of_part.get(arm, {}).get("commit") != row["commit"]:
+            arms_of_part[arm] = dict(commit=row["commit"])
+        arms_of_part[arm][row["figure"]] = row["value"]
+    texts = []
+    for (part, device), figures in found.items():
+        if part.startswith((MATMUL, STEP, "Saying", "Question")):
+            lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in figures.items()]
+            texts.append(f"{part}, on {device}:\n\n{markdown([['arm', *SHOWN], *lines])}")
+    return "\n\n".join(texts)
+
+def speed(flags):
+    """Measure everything, then print the table."""
+    takes = "a quarter of a minute on one core; its figures mean nothing"
+    print(f"labs.speed: {takes if flags.fast else '15 minutes on 2 cores'}")
+    torch.set_num_threads(flags.threads or torch.get_num_threads())
+    lab = Lab(flags)
+    for part in (steps, generation, thinking):
+        part(lab)
+    if not flags.fast:
+        rows = records.read_rows(records.file_of("speed", flags))
+        publish("speed", rows, text_of(rows), flags.table)
 
 
 if __name__ == "__main__":
-    main()
+    arms.main(speed, Flags)
