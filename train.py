@@ -14,11 +14,11 @@ import io
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -39,7 +39,7 @@ from flags import plain_output, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
 FORMAT = 3              # of the checkpoint; older files are refused
-PREVIOUS = "ckpt.previous.pt"   # the checkpoint before a phase was begun anew
+PREVIOUS = "ckpt.previous.pt"   # the finished one that was there before a phase was begun anew
 
 @dataclasses.dataclass
 class Config(tjepa.Config):
@@ -245,8 +245,11 @@ def save_checkpoint(out, checkpoint, keep_previous=False):
         print(f"\nthe checkpoint that was there is kept as {previous}, until a phase is begun "
               "anew once more")
     write_safely(path, seal(buffer.getbuffer()))
-    config = json.dumps(checkpoint["config"], indent=1)
-    write_safely(path.with_name("config.json"), config.encode())
+    write_config(out, checkpoint["config"])
+
+def write_config(out, config):
+    """Write out/config.json, which says what ckpt.pt holds."""
+    write_safely(Path(out) / "config.json", json.dumps(config, indent=1).encode())
 
 def seal(content):
     """Bytes of a checkpoint, followed by their SHA-256."""
@@ -273,40 +276,98 @@ def load_checkpoint(out, flag="--out="):
                          "(its --help lists the phases)")
     content = unseal(path.read_bytes(), path)
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        checkpoint = unpack(content)
+        good = well_formed(checkpoint)
+    except Exception as error:          # a hostile file can make these fail in any way
         raise ValueError(f"{path} is no checkpoint of this program ({type(error).__name__}): "
                          "train again with another --out") from None
-    if not well_formed(checkpoint):
+    if not good:
         raise ValueError(f"{path} was written by another version or program: "
                          "use that one, or train with another --out")
     return checkpoint
 
+def unpack(content):
+    """What the bytes of a checkpoint hold. Runs no code, and takes no more memory than they do."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError("a checkpoint is not compressed")
+        if archive.testzip():
+            raise ValueError("a checksum is wrong")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
 CONTENTS = dict(        # of a checkpoint; what phase 2 adds is None before
     format=int, config=dict, corpus=str, tokenizer=dict, phase=str, step=int, evaluated=bool,
     model=dict, optimizer=dict, rows=list, threshold=float | None, answers=list | None,
-    concepts=torch.Tensor | None, questions=str | None, teacher=str | None)
+    concepts=torch.Tensor | None, questions=str | None, teacher=str | None, shape=str)
+
+# What the weights mean depends on these as well as on the tokenizer. Not all of them can be seen
+# in the sizes of the weights, so a checkpoint holds a fingerprint of them.
+SHAPE = ("vocab_size block_size n_layer n_head n_embd pred_layer pred_embd top_k target_norm "
+         "dec_layer answer_size memory n_slots").split()
+
+def shape_of(config, tokenizer):
+    """The fingerprint of SHAPE in a config (a dict), and of a tokenizer's state."""
+    return content_of([[config[name] for name in SHAPE], tokenizer])
 
 def well_formed(checkpoint):
     """Has a loaded checkpoint the parts, types and finite numbers that this program writes?"""
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not isinstance(checkpoint, dict) or not is_a(checkpoint.get("format"), int):
         return False
-    if set(checkpoint) != set(CONTENTS):
+    # the first files of format 3 have no shape
+    if checkpoint["format"] != FORMAT or set(checkpoint) | {"shape"} != set(CONTENTS):
         return False
-    if not all(isinstance(checkpoint[name], kind) for name, kind in CONTENTS.items()):
+    if not all(is_a(value, CONTENTS[name]) for name, value in checkpoint.items()):
         return False
-    config = checkpoint["config"]
+    config, answers, concepts = (checkpoint[name] for name in ("config", "answers", "concepts"))
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     if set(config) != set(fields):
         return False
-    numbers = {float: (float, int)}     # a flag like --sigreg=1 stores an int
-    typed = all(isinstance(config[name], numbers.get(kind, kind)) for name, kind in fields.items())
-    tensors = [*checkpoint["model"].values(), checkpoint["concepts"]]
-    finite = all(torch.is_tensor(x) and torch.isfinite(x).all() for x in tensors if x is not None)
-    texts = all(isinstance(answer, str) for answer in checkpoint["answers"] or [])
-    rows = all(isinstance(row, dict) and row.get("phase") in PHASES and
-               isinstance(row.get("step"), int) for row in checkpoint["rows"])
-    return typed and finite and texts and rows and checkpoint["phase"] in PHASES
+    numbers = {float: float | int}      # a flag like --sigreg=1 stores an int
+    if not all(is_a(config[name], numbers.get(kind, kind)) for name, kind in fields.items()):
+        return False
+    shape = shape_of(config, checkpoint["tokenizer"])
+    if checkpoint.get("shape", shape) != shape:
+        return False
+    weights = checkpoint["model"]
+    if not all(is_a(name, str) and is_plain(value) for name, value in weights.items()):
+        return False
+    if (answers is None) != (concepts is None):
+        return False
+    if answers is not None:
+        width = weights.get("answer_mean", concepts[0]).numel()
+        if not all(is_a(answer, str) for answer in answers) or not is_plain(concepts):
+            return False
+        if concepts.shape != (len(answers), width):
+            return False
+    if not math.isfinite(checkpoint["threshold"] or 0):
+        return False
+    rows = all(is_row(row) for row in checkpoint["rows"])
+    return rows and checkpoint["phase"] in PHASES and checkpoint["step"] >= 0
+
+def is_a(value, kind):
+    """isinstance, but True and False are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+def is_plain(value):
+    """A tensor of finite numbers that takes no more memory than it has in the file."""
+    if not torch.is_tensor(value) or value.layout is not torch.strided:
+        return False
+    if value.device.type != "cpu" or value.nbytes > value.untyped_storage().nbytes():
+        return False
+    return bool(value.isfinite().all())
+
+def is_row(row):
+    """A row of the log, as `report.Log` writes it."""
+    if not isinstance(row, dict) or not set(row) <= set(report.Log.COLUMNS):
+        return False
+    if row.get("phase") not in PHASES or not is_a(row.get("step"), int):
+        return False
+    values = [value for name, value in row.items() if name not in ("phase", "health")]
+    if not is_a(row.get("health", ""), str) or not all(is_a(v, float | int) for v in values):
+        return False
+    return 0 <= row["step"] <= 10 ** 9 and all(abs(v) < 2 ** 63 for v in values if is_a(v, int))
 
 @contextlib.contextmanager
 def locked(out):
@@ -341,26 +402,30 @@ class Run(NamedTuple):
         """bf16 where --dtype says so."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
+def sizes_of(weights):
+    """Name -> size and type of number of each weight."""
+    return {name: (value.shape, value.dtype) for name, value in weights.items()}
+
 def build(cfg, tokenizer, weights=None, fresh=(), model=tjepa.TJEPA):
     """A model of class `model`, initialised by cfg.seed, then with the weights of a checkpoint.
 
     fresh: beginnings of the names of the weights that are not taken from the checkpoint.
     """
-    torch.manual_seed(cfg.seed)
     shape = dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)
+    kept = {}
+    if weights is not None:
+        fresh = tuple(fresh)
+        kept = {name: value for name, value in weights.items() if not name.startswith(fresh)}
+        with torch.device("meta"):      # sizes alone: a wrong config may ask for all memory
+            needed = model(shape, tokenizer.word_start).state_dict()
+        needed = {name: value for name, value in needed.items() if not name.startswith(fresh)}
+        if sizes_of(kept) != sizes_of(needed):
+            raise ValueError(
+                f"the run in --out={cfg.out} has another shape than these flags ask for: leave "
+                "the flags that shape the model as they were, or take another --out")
+    torch.manual_seed(cfg.seed)
     built = model(shape, tokenizer.word_start)
-    if weights is None:
-        return built
-    fresh = tuple(fresh)
-    kept = {name: value for name, value in weights.items() if not name.startswith(fresh)}
-    try:
-        missing, extra = built.load_state_dict(kept, strict=False)
-    except RuntimeError:                # a size differs
-        missing, extra = [], ["size"]
-    if extra or any(not name.startswith(fresh) for name in missing):
-        raise ValueError(
-            f"the run in --out={cfg.out} has another shape than these flags ask for: leave the "
-            "flags that shape the model as they were, or take another --out")
+    built.load_state_dict(kept, strict=False)
     return built
 
 # -- the training loop -----------------------------------------------------------------------------
@@ -381,10 +446,33 @@ def make_optimizer(run, phase, state=None):
     lr = getattr(run.cfg, f"{phase}_lr")
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
     if state:
-        optimizer.load_state_dict(state)
-        # A resumed run may change the weight decay, as it may change a learning rate.
-        optimizer.param_groups[0]["weight_decay"] = run.cfg.weight_decay
+        moments = state.get("state")
+        parameters = [p for group in groups for p in group["params"]]
+        if not are_moments(moments, parameters):
+            raise ValueError(f"the checkpoint in --out={run.cfg.out} holds no optimizer of phase "
+                             f"{phase}: begin it anew with --phase={phase}")
+        # Only the moments: a resumed run may change the weight decay, as it may a learning rate.
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=moments, param_groups=settings))
     return optimizer
+
+def are_moments(moments, parameters):
+    """Is this the state of AdamW (a dict by number) for parameters of these sizes?"""
+    if not isinstance(moments, dict):
+        return False
+    for number, moment in moments.items():
+        if not is_a(number, int) or not 0 <= number < len(parameters):
+            return False
+        size = parameters[number].shape
+        expected = dict(step=torch.Size(), exp_avg=size, exp_avg_sq=size)
+        if not isinstance(moment, dict) or set(moment) != set(expected):
+            return False
+        if not all(is_plain(moment[name]) and moment[name].shape == expected[name]
+                   for name in expected):
+            return False
+        if (moment["exp_avg_sq"] < 0).any():
+            return False
+    return True
 
 def learning_rate(step, steps, peak, warmup):
     """Learning rate at a step of `steps`; warmup: share of the steps in which it rises."""
@@ -706,6 +794,10 @@ def open_checkpoint(cfg, phases):
 def check_resume(cfg, phases, checkpoint):
     """ValueError if a run can't be resumed as cfg asks."""
     phase, step, saved = checkpoint["phase"], checkpoint["step"], checkpoint["config"]
+    last = checkpoint["rows"][-1:]
+    if [(row["phase"], row["step"]) for row in last] != [(phase, step)]:
+        raise ValueError(f"the checkpoint in --out={cfg.out} contradicts its own log: restore it "
+                         "from a copy, or take another --out")
     if phase not in phases:
         raise ValueError(f"--resume: the run in --out={cfg.out} stopped in phase {phase}: "
                          f"leave --phase={cfg.phase} out")
@@ -831,20 +923,36 @@ def open_run(cfg, corpus, model):
             concepts = checkpoint["concepts"].to(device)
     net = open_model(cfg, corpus, checkpoint, phases, model).to(device)
     this = Run(cfg, net, corpus, device, dtype, questions, concepts, teacher)
+    if cfg.resume:                      # checks the saved one, before anything is written
+        make_optimizer(this, checkpoint["phase"], checkpoint["optimizer"])
     return Opened(this, phases, left, checkpoint, vectors)
+
+def begun_anew(out, phases):
+    """Must the checkpoint in out be kept, because these phases replace what it was trained in?
+
+    One that was stopped halfway is not kept in the place of an earlier one, which had ended.
+    """
+    if not (out / "ckpt.pt").exists():
+        return False
+    old = load_checkpoint(out)
+    if PHASES.index(old["phase"]) < PHASES.index(phases[0]):
+        return False
+    ended = old["evaluated"] and old["step"] >= old["config"][f"{old['phase']}_steps"]
+    return ended or not (out / PREVIOUS).exists()
 
 def train_phases(opened):
     """Train the phases that are left. Nothing of an older run is touched before the first save."""
     run, phases, left, checkpoint, vectors = opened
     cfg, out = run.cfg, Path(run.cfg.out)
     log = begin_log(cfg, checkpoint, phases)
-    first = PHASES.index(phases[0])
-    begun_before = not checkpoint or PHASES.index(checkpoint["phase"]) >= first
-    keep_previous = not cfg.resume and begun_before and (out / "ckpt.pt").exists()
+    keep_previous = not cfg.resume and begun_anew(out, phases)
+    if checkpoint:                      # a run that was killed may have left an older one
+        write_config(out, checkpoint["config"])
 
     # what every checkpoint of this run contains, besides its progress
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), corpus=run.corpus.fingerprint,
                  tokenizer=run.corpus.tokenizer.state())
+    state["shape"] = shape_of(state["config"], state["tokenizer"])
     for name in ("answers", "concepts", "questions", "teacher"):
         state[name] = checkpoint.get(name)
 

@@ -3,6 +3,7 @@ written. What data files may look like in detail is tested in test_data.py."""
 import io
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -340,6 +341,55 @@ def test_a_checkpoint_with_other_fields_is_refused(world, refused, tmp_path):
     saved["config"]["positions"] = "rotary"
     write_checkpoint(tmp_path, saved)
     assert "another version" in refused("--resume", f"--out={tmp_path}")
+
+
+HOSTILE = {
+    "another number of heads": lambda c: c["config"].update(n_head=4),
+    "layers beyond all memory": lambda c: c["config"].update(n_layer=1000, n_embd=96_000),
+    "a tokenizer in another order": lambda c: c["tokenizer"]["ranks"].append(
+        c["tokenizer"]["ranks"].pop(300)),
+    "a number that is a truth": lambda c: c.update(step=True),
+    "a threshold that is no number": lambda c: c.update(threshold=float("nan")),
+    "more answers than concepts": lambda c: c["answers"].append("pink"),
+    "concepts of another width": lambda c: c.update(concepts=c["concepts"][:, :-1]),
+    "weights of terabytes": lambda c: c["model"].update(
+        answer_mean=torch.zeros(1).expand(10 ** 6, 10 ** 6)),
+    "weights of another type": lambda c: c["model"].update(answer_mean=torch.zeros(32).double()),
+    "a weight too many": lambda c: c["model"].update(extra=torch.zeros(3)),
+    "a row of another program": lambda c: c["rows"][0].update(accuracy=1.0),
+    "a step of 400 digits": lambda c: c["rows"][0].update(tokens=10 ** 400),
+    "an earlier step than its log": lambda c: c.update(step=3),
+    "an optimizer of other weights": lambda c: c["optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(3)),
+    "an optimizer that is none": lambda c: c.update(optimizer=dict(state=[1])),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_hostile_checkpoint_is_refused(copy, refused, change):
+    """Its SHA-256 is right, but what it holds is not what this program writes."""
+    saved = train.load_checkpoint(copy)
+    HOSTILE[change](saved)
+    write_checkpoint(copy, saved)
+    before = contents(copy)
+    said = refused("--resume", "--speak_steps=200", f"--out={copy}")
+    assert str(copy) in said and contents(copy) == before
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_checkpoint_is_not_unpacked_beyond_its_size(copy, refused, packed):
+    """A few kilobytes may unpack to terabytes; and each part has a checksum of its own."""
+    content = train.unseal((copy / "ckpt.pt").read_bytes(), copy)
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            kind = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+            new.writestr(name, old.read(name), kind)
+    changed = bytearray(made.getvalue())
+    if not packed:
+        changed[len(changed) // 2] ^= 1
+    (copy / "ckpt.pt").write_bytes(train.seal(changed))
+    assert "no checkpoint of this program" in refused("--resume", f"--out={copy}")
 
 
 # -- what goes wrong while a run goes on -----------------------------------------------------------

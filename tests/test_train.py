@@ -318,6 +318,26 @@ def test_a_phase_begun_anew_keeps_the_old_checkpoint_and_drops_its_figures(world
     assert previous["phase"] == "speak" and previous["rows"] == spoken["rows"]
 
 
+def test_a_phase_that_was_stopped_and_begun_anew_keeps_the_run_that_had_ended(world, tmp_path):
+    """The same command, typed again instead of --resume, must not replace the good copy."""
+    out = shutil.copytree(world.cfg.out, tmp_path / "run")
+    ended = (out / "ckpt.pt").read_bytes()
+    anew = train.resolve(dict(phase="distill", out=str(out), distill_steps=4))
+    train.run(anew)
+    saved = train.load_checkpoint(out)
+    train.save_checkpoint(out, saved | dict(step=2))        # as after Ctrl-C
+    train.run(anew)
+    assert (out / train.PREVIOUS).read_bytes() == ended
+
+
+def test_a_resumed_run_repairs_its_config_json(world, tmp_path):
+    """A process that was killed between the two files leaves that of an older run."""
+    out = shutil.copytree(world.cfg.out, tmp_path / "run")
+    (out / "config.json").write_text("{}")
+    train.run(train.resolve(dict(resume=True, out=str(out))))
+    assert json.loads((out / "config.json").read_text())["seed"] == world.cfg.seed
+
+
 def test_a_copied_folder_is_a_run_of_its_own(world, tmp_path, monkeypatch):
     """A run goes on in the folder that is named, not in the one where it was written first."""
     monkeypatch.chdir(tmp_path)
