@@ -20,7 +20,7 @@ import torch
 
 import evaluate
 import tjepa
-from data import Tokenizer
+from data import Tokenizer, printable
 from flags import plain_output, read_flags
 from train import PHASES, Config, Run, build, load_checkpoint, pick_device
 
@@ -69,7 +69,9 @@ def require(session, phase):
     out, checkpoint = session.flags.out, session.checkpoint
     lacks, works = dict(distill=("knows no answers", "a text with one [span] in brackets"),
                         speak=("cannot speak", "your question"))[phase]
-    if PHASES.index(checkpoint["phase"]) + (checkpoint["step"] > 0) <= PHASES.index(phase):
+    reached = PHASES.index(checkpoint["phase"]) + (checkpoint["step"] > 0)
+    untaught = checkpoint["answers"] is None or checkpoint["threshold"] is None
+    if reached <= PHASES.index(phase) or untaught:
         raise ValueError(
             f"the run in --out={out} {lacks} yet: run `python train.py --phase={phase} "
             f'--out={out}` first; --inspect="{works}" works already')
@@ -118,7 +120,7 @@ def answer(session, question, source):
         return
     with session.run.autocast():
         for piece in pieces(session, thought):
-            print(piece, end="", flush=True)
+            print(printable(piece, None), end="", flush=True)
     print(f"   (distance {near:.1f} of {threshold:.1f})")
 
 def converse(session):
@@ -138,7 +140,7 @@ def inspect_question(session, question):
     distance, threshold = think(session, question, "--inspect")[1], session.checkpoint["threshold"]
     print("distance  concept")
     for i in distance.argsort()[:session.flags.n].tolist():
-        print(f"{distance[i]:8.2f}  {session.checkpoint['answers'][i]}")
+        print(f"{distance[i]:8.2f}  {printable(session.checkpoint['answers'][i], None)}")
     verdict = "known: within" if distance.min() <= threshold else "unknown: beyond"
     print(f"{verdict} the threshold of {threshold:.2f}")
 
@@ -160,10 +162,10 @@ def inspect_gap(session, text):
     energy = evaluate.gap_energy(session.run, session.tokenizer, before, values, after)
     print("  energy  candidate")
     for i in energy.argsort()[:session.flags.n].tolist():
-        print(f"{energy[i]:8.4f}  {values[i]}")
+        print(f"{energy[i]:8.4f}  {printable(values[i], None)}")
     own = energy[values.index(truth)]
     rank = 1 + (energy < own).sum().item()
-    print(f"'{truth}' has energy {own:.4f}: rank {rank} of {len(values)}")
+    print(f"'{printable(truth, None)}' has energy {own:.4f}: rank {rank} of {len(values)}")
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C is exit code 130."""
