@@ -169,20 +169,21 @@ def conflict(speech, batches=4):
     grad_cos_thought_encoder        L_token with the loss of phase 2, on encoder and predictor
     grad_halves_NAME                one loss on two half batches: what noise leaves of a cosine of 1
     """
+    pairs = (("", dict(cos="latent", cos_random="random"), ("token", "latent")),
+             ("_encoder", dict(cos_thought="thought"), ("token", "thought")))
     cosines = {}
     for batch in range(batches):
         seed = 10 ** 8 + 2 * batch
         halves = zip(gradients(speech, seed), gradients(speech, seed + 1))
-        for part, (first, second) in zip(("", "_encoder"), halves):
-            for a, b in zip(first, second):
-                pairs = {f"halves_{name}": (a[name], b[name]) for name in a}
-                for name in ("latent", "random", "thought"):
-                    if name in a:
-                        pairs[f"cos_{name}"] = (a["token"] + b["token"], a[name] + b[name])
-                for name, (x, y) in pairs.items():
-                    cosine = F.cosine_similarity(x, y, dim=0).item()
-                    name = name.replace("cos_latent", "cos")
-                    cosines.setdefault(f"grad_{name}{part}", []).append(cosine)
+        for (part, others, halved), (first, second) in zip(pairs, halves):
+            for a, b in zip(first, second):             # a layer's gradients on both halves
+                token = a["token"] + b["token"]
+                compared = {title: (token, a[name] + b[name])
+                            for title, name in others.items() if name in a}
+                compared |= {f"halves_{name}": (a[name], b[name]) for name in halved if name in a}
+                for title, vectors in compared.items():
+                    cosine = F.cosine_similarity(*vectors, dim=0).item()
+                    cosines.setdefault(f"grad_{title}{part}", []).append(cosine)
     return {name: sum(values) / len(values) for name, values in cosines.items()}
 
 # -- kinds of arms ---------------------------------------------------------------------------------
