@@ -29,8 +29,6 @@ PURPLE = "#AA4499"      # GPT
 ORANGE = "#E69F00"      # random weights
 GREY = "0.65"
 
-# -- rows and tables -------------------------------------------------------------------------------
-
 def rows_of(lab):
     """The rows of a lab. For pretraining: budgets and worlds joined, and the rows of the cloze."""
     rows = results(lab, FLAGS)
@@ -163,6 +161,8 @@ def speaking(alpha, memory, unknown, rows):
         points = {kind: over_seeds(rows, arm, f"em_LAT_heldout_memory_{kind}")
                   for kind in ("real", "relation", "shuffled", "random", "zero")}
         curve(memory, points, label, colour)
+    for marks in memory.lines:
+        marks.set_linestyle("none")
     arms = arms_of("speaking", 3)
     gpts = [row for row in rows if row["arm"].startswith("GPT")]
     colours = {"annealed": RED, "GPT at 5e-4": PURPLE}
