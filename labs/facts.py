@@ -3,8 +3,8 @@ Do facts taught in latent space become speech? Teachers, memories and controls.
 
     python -m labs.facts --jobs=4               3 seeds of each arm; most arms share phase 1
     python -m labs.facts --arms="GPT,echo=0"    these arms, and first the arms that they start from
-    python -m labs.facts --seeds=0 --table=README.md    no run, the tables of the first page;
-                                                labs/README.md gets all tables
+    python -m labs.facts --seeds=0              no run, all tables; with --table=README.md those of
+                                                the first page, written into it
     python -m labs.facts --fast                 a few steps of each kind of arm: does it run?
 
 Expected before the first run: a random-init encoder is strong in the phrasings that were taught and
@@ -389,7 +389,7 @@ def run_lab(lab, arms, flags, measure, fast):
     return results(lab, flags)
 
 def facts(flags):
-    """Run the arms; write the tables of the first page or of the labs' page."""
+    """Run the arms; print the tables, or write those of the first page into it."""
     data.load(Config())         # writes the corpus if it is missing: once, before processes start
     rows = run_lab("facts", ARMS, flags, measure, FAST)
     if rows is not None:

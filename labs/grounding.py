@@ -18,7 +18,8 @@ IDK = "I don't know"
 
 def silent(thoughts):
     """Thoughts of zeros: of the memory slots only the bias is left."""
-    return thoughts._replace(latent=torch.zeros_like(thoughts.latent))
+    latent, context = torch.zeros_like(thoughts.latent), torch.zeros_like(thoughts.context)
+    return thoughts._replace(latent=latent, context=context)
 
 def think(run, questions):
     """What the decoder reads when it is asked these questions: a `Thought`."""
@@ -100,11 +101,12 @@ def replaced(run, questions):
     real = think(run, questions)
     torch.manual_seed(0)
     mixed = torch.randperm(len(questions.rows), device=run.device)
-    mean = real.latent.mean(0).expand_as(real.latent)
+    mean = real._replace(latent=real.latent.mean(0).expand_as(real.latent),
+                         context=real.context.mean(0).expand_as(real.context))
     other_seed = dataclasses.replace(plain(run.cfg), seed=run.cfg.seed + 1000)
     stranger = train.build(other_seed, run.corpus.tokenizer).to(run.device)
     memories = dict(
-        real=real, zero=silent(real), mean=real._replace(latent=mean), shuffled=real.rows(mixed),
+        real=real, zero=silent(real), mean=mean, shuffled=real.rows(mixed),
         relation=real.rows(same_relation(questions)),
         random=think(run._replace(model=stranger), questions))
     figures = {}

@@ -141,7 +141,10 @@ def gradients(speech, seed):
     random goals) and, for joint, thought (phase 2). The heads and the embedding are left out.
     """
     model, decoder = speech.run.model, speech.run.model.decoder
-    layers = [decoder.slots, *decoder.blocks]
+    layers = list(decoder.blocks)
+    if decoder.slots is not None:
+        layers.insert(0, decoder.slots)
+    n_decoder = len(layers)
     if speech.trains_encoder:
         layers += [model.context_encoder.blocks, model.predictor]
     torch.manual_seed(seed)
@@ -159,7 +162,6 @@ def gradients(speech, seed):
             grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True,
                                         materialize_grads=True)
             vectors[name] = torch.cat([grad.flatten() for grad in grads])
-    n_decoder = 1 + len(decoder.blocks)
     return found[:n_decoder], found[n_decoder:]
 
 def conflict(speech, batches=4):
@@ -292,6 +294,7 @@ ENCODERS = ANNEALED | {
 }
 MEMORIES = ANNEALED | {
     "1 slot": Config(n_slots=1),
+    "memory=tokens": Config(memory="tokens"),
     "untaught encoder": Config(encoder="random"),
     "no memory": Config(no_memory=True),
 }
@@ -305,7 +308,7 @@ SILENT = ANNEALED | {
 }
 FIRST = {SHARED: Config(kind="phases_1_and_2", phase="all", start="")}
 ARMS = FIRST | SCHEDULED | ENCODERS | MEMORIES | SILENT
-FAST = ("annealed", "joint", "no memory", "GPT taught I don't know", "lookup")
+FAST = ("annealed", "joint", "memory=tokens", "no memory", "GPT taught I don't know", "lookup")
 
 # -- the tables: title -> (arms, columns) ----------------------------------------------------------
 
