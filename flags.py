@@ -17,6 +17,8 @@ import os
 import re
 import sys
 
+from data.inputs import printable
+
 # names that people bring from other programs; a hint is given where the dataclass has the field
 OTHER_NAMES = {
     "pretrain_lr": ("learning_rate", "lr", "max_lr"),
@@ -39,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message, None)}\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -230,6 +232,9 @@ def read_flags(kind, argv, prog, positional=None):
     given, rest = parser.parse_known_args(spell_out(argv, kind))
     given = vars(given)
 
+    for name, value in given.items():
+        if isinstance(value, list):     # argparse makes it of `--name --`
+            parser.error(f"argument --{name}: expected one argument")
     for word in rest:
         if word.startswith("-") and word != "-":
             parser.error(f"unknown flag {quoted(word)[1:-1]}{hint(word, kind)}")

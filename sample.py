@@ -131,7 +131,7 @@ def converse(session):
             try:
                 answer(session, question, "the question")
             except ValueError as error:
-                print(f"sample.py: error: {error}", file=sys.stderr)
+                print(f"sample.py: error: {printable(error, None)}", file=sys.stderr)
     except EOFError:
         print()
 
@@ -187,7 +187,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+        print(f"sample.py: error: {printable(error, None)}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

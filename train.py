@@ -339,7 +339,7 @@ def well_formed(checkpoint):
         width = weights.get("answer_mean", concepts[0]).numel()
         if not all(is_a(answer, str) for answer in answers) or not is_plain(concepts):
             return False
-        if concepts.shape != (len(answers), width):
+        if concepts.shape != (len(answers), width) or concepts.dtype is not torch.float32:
             return False
     if not math.isfinite(checkpoint["threshold"] or 0):
         return False
@@ -467,9 +467,11 @@ def are_moments(moments, parameters):
         expected = dict(step=torch.Size(), exp_avg=size, exp_avg_sq=size)
         if not isinstance(moment, dict) or set(moment) != set(expected):
             return False
-        if not all(is_plain(moment[name]) and moment[name].shape == expected[name]
-                   for name in expected):
-            return False
+        for name, value in moment.items():
+            if not is_plain(value) or value.dtype is not torch.float32:
+                return False
+            if value.shape != expected[name]:
+                return False
         if (moment["exp_avg_sq"] < 0).any():
             return False
     return True
@@ -1047,7 +1049,7 @@ def main(argv=None):
         sys.exit(130)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         end_bars()
-        print(f"train.py: error: {explain(error, cfg)}", file=sys.stderr)
+        print(f"train.py: error: {data.printable(explain(error, cfg), None)}", file=sys.stderr)
         sys.exit(2)
     minutes = (time.perf_counter() - started) / 60
     print(f"curves: {Path(cfg.out) / 'curves.png'}   minutes: {minutes:.1f}   "

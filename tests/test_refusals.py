@@ -2,6 +2,7 @@
 written. What data files may look like in detail is tested in test_data.py."""
 import io
 import os
+import re
 import shutil
 import zipfile
 
@@ -24,7 +25,7 @@ def refused(capsys):
         with pytest.raises(SystemExit) as stop:
             train.main([str(word) for word in argv])
         error = capsys.readouterr().err
-        lines = [line for line in error.splitlines() if "error:" in line]
+        lines = [line for line in re.split("[\r\n]+", error) if "error:" in line]
         assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error
         return lines[0]
     return refused
@@ -83,11 +84,21 @@ def write_checkpoint(folder, checkpoint, sealed=True):
     ("--vocab_size=100", "--vocab_size=100"),
     ("--vocab_size=70000", "--vocab_size=70000"),
     ("--seed=10000000000", "--seed=10000000000"),
+    ("--seed=1\n2", r"'1\n2' is not a whole number"),
+    ("--phase=\x1b[2J", r"--phase=\x1b[2J must be"),
+    ("--a\nb=1", r"unknown flag --a\nb=1"),
+    ("--data=\u2028", r"--data="),
 ])
 def test_a_bad_flag_is_named(base, refused, tmp_path, flag, words):
     """And the folder of the run is not created."""
     assert words in refused(*base, f"--out={tmp_path / 'run'}", flag)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["echo", "seed", "phase"])
+def test_a_flag_before_two_dashes_has_no_value(base, refused, name):
+    """argparse makes an empty list of it."""
+    assert f"--{name}" in refused(*base, f"--{name}", "--")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -352,6 +363,7 @@ HOSTILE = {
     "a threshold that is no number": lambda c: c.update(threshold=float("nan")),
     "more answers than concepts": lambda c: c["answers"].append("pink"),
     "concepts of another width": lambda c: c.update(concepts=c["concepts"][:, :-1]),
+    "concepts of whole numbers": lambda c: c.update(concepts=c["concepts"].long()),
     "weights of terabytes": lambda c: c["model"].update(
         answer_mean=torch.zeros(1).expand(10 ** 6, 10 ** 6)),
     "weights of another type": lambda c: c["model"].update(answer_mean=torch.zeros(32).double()),
