@@ -10,19 +10,18 @@ a small one a sixteenth. Students start from random weights, imitate the teacher
 questions without answers (train.py --distill=align), and train a decoder of their own.
 
 Expected before the first run: distilled students are better than from scratch at equal student
-tokens, not at equal compute; rounds change nothing; a masked LM teaches text as well or better; an
-untrained teacher gives a student that is like it and knows nothing; nor does the medium one help
-between large and small.
+tokens, not at equal compute; rounds change nothing, nor does a medium one between large and small;
+a masked LM teaches text as well or better; an untrained teacher gives a student that is like it and
+knows nothing.
 
-Each student takes 800 steps on text and 800 on questions. "distilled": first --align=
-tokens+pooled+guess, then --align=thought. "text of": it imitates text, then teaches itself in phase
-2. Equal compute: the FLOPs of phases 1 and 2, the teacher's included, are spent on the student's
-own, with twice (small: eight times) the batch in all phases. Learning rates of students are three
-times train.py's: on seed 9 better than once, distilled and from scratch.
+Each student takes 800 steps on text, then 800 on questions. "text of": it imitates on text alone.
+Equal compute: the FLOPs of phases 1 and 2, the teacher's included, are spent on the student's own,
+with twice (small: eight times) the batch in all phases. Learning rates of students are three times
+train.py's: on seed 9 better than once, distilled and from scratch.
 """
 import dataclasses
 import math
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -38,13 +37,10 @@ from labs.controls import MASKED_LM, read_gpt
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
 from labs.speed import count_flops
-from labs.tables import by_seed, publish, tables
+from labs.tables import publish, tables
 
-SIZES = {
-    "large": {},
-    "medium": dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
-    "small": dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2),
-}
+SIZES = dict(large={}, medium=dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
+             small=dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2))
 STEPS = 800
 COST = "flops.txt"      # in the folder of a run: its FLOPs before phase 3
 
@@ -59,8 +55,6 @@ class Config(Arm):
     align_steps: int = STEPS            # of each part that imitates
     align_lr: float = 1.5e-3            # of the part "text"; "thoughts" takes distill_lr
     every: int = 1                      # keep each so-manieth question and cloze, for --fast
-
-# -- the arms --------------------------------------------------------------------------------------
 
 def arm_of(size, steps=STEPS, **changes):
     """A Config; steps: of phases 1 and 2 and of each imitation."""
@@ -79,7 +73,6 @@ def text_of(teacher):
     """A medium student that imitates text alone, by what a GPT has too; then it teaches itself."""
     return arm_of("medium", route="text answers speak", text="tokens+pooled", versus=teacher)
 
-UNTRAINED = dict(route="read", pretrain_steps=0)
 TEACHERS = {
     "large T-JEPA": arm_of("large", distill_steps=700),
     "large masked LM": arm_of("large", distill_steps=700, **MASKED_LM),
@@ -91,10 +84,10 @@ TEACHERS = {
 STUDENTS = {
     "medium distilled": distilled("medium"),
     "medium from scratch": arm_of("medium"),
-    "medium untrained": arm_of("medium", **UNTRAINED),
+    "medium untrained": arm_of("medium", route="read", pretrain_steps=0),
     "small distilled": distilled("small"),
     "small from scratch": arm_of("small"),
-    "small untrained": arm_of("small", **UNTRAINED),
+    "small untrained": arm_of("small", route="read", pretrain_steps=0),
     "medium 2 rounds": distilled("medium", rounds=2),
     "medium 4 rounds": distilled("medium", rounds=4),
     "medium by masked LM": distilled("medium", versus="large masked LM"),
@@ -103,9 +96,9 @@ STUDENTS = {
     "medium text of GPT": text_of("large GPT"),
     "medium text of untrained": text_of("large untrained"),
     "medium from scratch equal compute": arm_of(
-        "medium", 2700, batch_size=2 * 48, qa_batch_size=2 * 128),
+        "medium", 2740, batch_size=2 * 48, qa_batch_size=2 * 128),
     "small from scratch equal compute": arm_of(
-        "small", 4000, batch_size=8 * 48, qa_batch_size=8 * 128),
+        "small", 3840, batch_size=8 * 48, qa_batch_size=8 * 128),
 }
 LATER = {"small by way of medium": distilled("small", versus="medium distilled")}
 ARMS = TEACHERS | STUDENTS | LATER
@@ -114,8 +107,6 @@ def shrunk(cfg):
     """An arm for --fast."""
     short = in_short(dataclasses.replace(cfg, rounds=min(2, cfg.rounds)))
     return dataclasses.replace(short, align_steps=2, every=29)
-
-# -- one arm ---------------------------------------------------------------------------------------
 
 def place(cfg, arm):
     """Folder of another arm of the same seed."""
@@ -153,13 +144,11 @@ def imitate(cfg, part, corpus):
     """
     other = open_other(cfg, cfg.versus, corpus)
     has_thoughts = other.concepts is not None           # a GPT has none
-    of_part = dict(align="thought", distill_lr=cfg.distill_lr)
-    if part == "text":
-        of_part = dict(align=cfg.text, distill_lr=cfg.align_lr)
-    asked = plain(cfg, **of_part, distill="align", distill_steps=cfg.align_steps,
-                  teacher=f"ckpt:{place(cfg, cfg.versus)}",
+    asked = plain(cfg, distill="align", align=cfg.text, distill_lr=cfg.align_lr,
+                  distill_steps=cfg.align_steps, teacher=f"ckpt:{place(cfg, cfg.versus)}",
                   teacher_width=other.concepts.size(1) if has_thoughts else 0)
-
+    if part == "thoughts":
+        asked = dataclasses.replace(asked, align="thought", distill_lr=cfg.distill_lr)
     saved = train.load_checkpoint(cfg.out)
     fresh = "W.", "decoder.", "answer_"
     model = train.build(asked, corpus.tokenizer, saved["model"], fresh).to(other.device)
@@ -200,23 +189,24 @@ def learn(cfg, part, corpus):
 
 # -- what is measured ------------------------------------------------------------------------------
 
-def pieces(corpus, size=8):
-    """Held-out text in pieces of `size` tokens, (n, size): whole rows are too few for a map.
-
-    The text states each sentence four times, in epochs. One epoch is enough: of four, a map could
-    memorise the sentences.
-    """
-    rows = corpus.val.rows(range(math.ceil(len(corpus.val.starts) / 4)))        # (N, T)
-    cut = rows.unfold(1, size, size).flatten(0, 1)                      # (N * T / size, size)
-    return cut[(cut != corpus.tokenizer.pad).all(1)]
-
 def likeness(mine, other):
     """Similarity of two runs' latents of held-out text: CKA, shared neighbours, R2 of a map."""
-    text = pieces(mine.corpus)
-    x = features(mine.model, text.to(mine.device)).cpu()                # (n, C)
-    y = features(other.model, text.to(other.device)).cpu()              # (n, D)
+    text = mine.corpus.val
+    # The text has four epochs of the same sentences: of all four, the map could memorise them.
+    rows = text.rows(range(math.ceil(len(text.starts) / 4)))            # (N, T)
+    # Whole rows are too few for a map: pieces of 8 tokens.
+    pieces = rows.unfold(1, 8, 8).flatten(0, 1)                         # (n, 8)
+    pieces = pieces[(pieces != text.pad).all(1)].to(mine.device)
+    x, y = features(mine.model, pieces).cpu(), features(other.model, pieces).cpu()
     r2, _ = ridge_probe(*((x[rows], y[rows]) for rows in split(len(x), seed=0)))
     return dict(cka=cka(x, y), knn=knn_overlap(x, y), linear=r2)
+
+def kept(cfg, figures):
+    """Exact match in held-out phrasings, as a share of that of the same seed's large T-JEPA."""
+    large = report.newest(train.load_checkpoint(place(cfg, "large T-JEPA"))["rows"])
+    names = {part: f"em_{part}_heldout" for part in ("DEC", "LAT")}
+    return {f"kept_{part}": figures[name] / large[name]
+            for part, name in names.items() if name in figures and large[name]}
 
 def numbered(keys):
     """A class number for each key of a list, (n,)."""
@@ -255,68 +245,53 @@ def measure(cfg):
     corpus = data.load(cfg)
     corpus = corpus._replace(qa=corpus.qa[::cfg.every], cloze=corpus.cloze[::cfg.every])
     route, figures, flops = cfg.route.split(), {}, 0
-    if cfg.every > 1:                   # --fast: drawing takes longer than its steps
-        report.draw_curves = lambda *args, **kwargs: None
-    with redirect_stdout(None) if cfg.every > 1 else nullcontext():
-        if route[0] == "text":          # begins with random weights
-            train_arm(cfg, corpus, phase="pretrain", pretrain_steps=0)
-        for part in route:
-            found, cost = learn(cfg, part, corpus)
-            figures |= found
-            flops += cost
-        run = open_arm(cfg, corpus)
-        figures |= probes(run)
-        if cfg.size != "large":         # the large ones may still be trained beside this one
-            figures |= likeness(run, open_other(cfg, "large T-JEPA", corpus))
+    if route[0] == "text":              # begins with random weights
+        train_arm(cfg, corpus, phase="pretrain", pretrain_steps=0)
+    for part in route:
+        found, cost = learn(cfg, part, corpus)
+        figures |= found
+        flops += cost
+    run = open_arm(cfg, corpus)
+    figures |= probes(run)
+    if cfg.size != "large":             # the large ones may still be trained beside this one
+        figures |= likeness(run, open_other(cfg, "large T-JEPA", corpus)) | kept(cfg, figures)
     if "text" in route:
         flops += float((place(cfg, cfg.versus) / COST).read_text())
     (Path(cfg.out) / COST).write_text(str(flops))
-    encoder = run.model if cfg.route == "lm" else run.model.target_encoder
-    size = sum(p.numel() for p in encoder.parameters())
-    return figures | dict(pflop=flops / 1e15, millions=size / 1e6)
+    return figures | dict(pflop=flops / 1e15)
 
-# -- the tables ------------------------------------------------------------------------------------
-
-def retained(rows):
-    """Rows with kept_DEC and kept_LAT: exact match in held-out phrasings, as a share of that of the
-    large T-JEPA with the same seed."""
-    large = {row["seed"]: row for row in by_seed(rows) if row["arm"] == "large T-JEPA"}
-    for row in by_seed(rows):
-        for part in ("DEC", "LAT"):
-            name = f"em_{part}_heldout"
-            best = large.get(row["seed"], {}).get(name)
-            if name in row and best:
-                row[f"kept_{part}"] = row[name] / best
-    return rows
+def measure_quietly(cfg):
+    """`measure` for --fast: nothing is drawn, which takes longer than its steps, or printed."""
+    report.draw_curves = lambda *args, **kwargs: None
+    with redirect_stdout(None):
+        return measure(cfg)
 
 TABLES = {
     "How alike: latents of held-out text, of the arm and of large T-JEPA": {
         "CKA": "cka", "R2 of the best linear map": "linear", "10 neighbours shared": "knn"},
     "Probes of frozen latents (questions in held-out phrasings), and the cost of the arm": {
-        "relation": "relation", "fact": "fact", "mean": "probe",
-        "encoder, million parameters": "millions", "PFLOP before phase 3": "pflop"},
-    "Exact match of the arm's decoder": {
+        "relation": "relation", "fact": "fact", "mean": "probe", "PFLOP before phase 3": "pflop"},
+    "Exact match of the arm's decoder; of teacher's: as a share of large T-JEPA's": {
         **{f"{part} {phrasing}": f"em_{part}{tail}" for part in evaluate.SPLITS
            for phrasing, tail in (("trained", ""), ("held-out", "_heldout"))},
-        "DEC held-out, of large T-JEPA's": "kept_DEC",
-        "LAT held-out, of large T-JEPA's": "kept_LAT"},
+        "DEC held-out, of teacher's": "kept_DEC", "LAT held-out, of teacher's": "kept_LAT"},
 }
 
 
 def distillation(flags):
     """Teachers first, then students, then what a student teaches; then the tables."""
+    names, prepare, judge = chosen(flags, ARMS), dataclasses.replace, measure
     if flags.fast:
-        print("labs.distillation --fast: a minute on one core; its figures mean nothing")
+        print("labs.distillation --fast: half a minute on one core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
-    names = chosen(flags, ARMS)
+        prepare, judge = shrunk, measure_quietly
     for stage in TEACHERS, STUDENTS, LATER:
-        mine = {name: shrunk(cfg) if flags.fast else cfg
-                for name, cfg in stage.items() if name in names}
-        run_arms("distillation", mine, dataclasses.replace(flags, arms=""), measure)
+        mine = {name: prepare(cfg) for name, cfg in stage.items() if name in names}
+        run_arms("distillation", mine, dataclasses.replace(flags, arms=""), judge)
     if flags.fast:
         print("\n".join(f"{name}: ran" for name in names))
         return
-    rows = retained(results("distillation", flags))
+    rows = results("distillation", flags)
     text = tables(rows, {title: (ARMS, columns) for title, columns in TABLES.items()})
     publish("distillation", rows, text, flags.table)
 

@@ -4,7 +4,7 @@ LLM-JEPA (2025) on real pairs: does a latent term between two views help a langu
     python data/nlrx/prepare.py --input=../shared/data/nlrx   the pairs; downloaded without --input
     python -m labs.llm_jepa                                   1 to 10 minutes a run on 2 cores
     python -m labs.llm_jepa --arms=square --seeds=5           a group: map, square or ways
-    python -m labs.llm_jepa --fast                            half a minute on one core
+    python -m labs.llm_jepa --fast                            10 seconds on one core
 
 A causal language model reads [BOS] description [SEP] regex [EOS] and learns to write the regex.
 LLM-JEPA adds lambda * d(g(z_text), z_code). z is the last state of a view that is read alone, and g
@@ -16,38 +16,38 @@ exact match for any lambda; prefix match is then to be compared. The map of lamb
 plateau. A description by people is no better a second view than the regex.
 
 All arms of a size share pairs, batches, steps and the learning rate, which was tuned for lambda = 0
-on held-out training pairs. The seed draws pairs and weights. "table" is no model: the commonest
-regex of a sentence whose phrases are cut out.
+on held-out training pairs. A control without a model, the commonest regex of a sentence whose
+phrases are cut out, is printed by prepare.py.
 """
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import data
 import tjepa
 import train
-from data.nlrx.prepare import leaked, majority
+from data.nlrx.prepare import leaked
 from labs import controls, runs
 from labs.arms import main, run_arms
 from labs.measures import rankme
-from labs.tables import by_seed, figure_of, markdown, over_seeds, publish, tables
+from labs.tables import by_seed, over_seeds, publish, tables
 
 FOLDER = Path(data.__file__).parent / "nlrx"
 # one token: a class such as [A-Z], a count, \b, .*, a word with its space, or one character
 ATOMS = r"\[[^\]]*\]|\{\d,\}|\\b|\.\*| ?[A-Za-z][A-Za-z-]*|."
 SEP = ord("\n")         # ids below 256 are bytes, and no text of a pair has a line break
 HELD = 500              # training pairs at the end of the file that choose settings
-OUTCOMES = ("exact", "over", "same_length", "other")
 
 @dataclasses.dataclass
 class Config(train.Config):
     """An arm. `train.fit` trains it as phase 3: speak_steps, speak_lr and qa_batch_size count."""
-    model: str = "gpt"              # gpt | table
     size: int = 8000                # training pairs, drawn by the seed
     tests: int = 2000               # at most so many test pairs, and so many held-out ones
     eos_in_loss: bool = True        # does the loss ask for EOS?
@@ -65,8 +65,6 @@ class Config(train.Config):
     speak_lr: float = 2e-3
     weight_decay: float = 0.5       # ten times train.py's: dev .87, not .85 (1 seed)
     eval_every: int = 10 ** 9
-
-# -- pairs -----------------------------------------------------------------------------------------
 
 def read(name):
     """(description, regex) of each line of a prepared file."""
@@ -102,9 +100,9 @@ def vocabulary(views):
     common = {atom.encode() for atom, n in counts.items() if n > 1}
     return data.Tokenizer(ranks + sorted(common - set(ranks)), ATOMS)
 
-def pack(tokenizer, views, cfg):
+def pack(tokenizer, views, cfg, device):
     """The texts of each view as ids, padded: a dict of (n, T)."""
-    return {name: data.pack(tokenizer, texts, cfg.block_size, "--block_size")
+    return {name: data.pack(tokenizer, texts, cfg.block_size, "--block_size").to(device)
             for name, texts in views.items()}
 
 def join(pad, *parts):
@@ -120,22 +118,16 @@ def join(pad, *parts):
     longest = (rows != pad).sum(1).max()
     return rows.gather(1, order)[:, :longest]
 
-# -- the language model ----------------------------------------------------------------------------
-
 class GPT(controls.GPT):
-    """The labs' GPT with LLM-JEPA's latent term; the predictor token is [MASK].
-
-    A batch is a dict, view -> ids (B, T), padded on the right.
-    """
+    """The labs' GPT with LLM-JEPA's latent term. A batch is a dict, view -> ids (B, T), padded."""
 
     def __init__(self, cfg):
         super().__init__(cfg, 2 * cfg.block_size + 3)
+        C = cfg.n_embd
         # made last, so that an arm without it starts from the same weights
         self.mlp = nn.Identity()
         if cfg.mlp:
-            hidden = 4 * cfg.n_embd
-            self.mlp = nn.Sequential(
-                nn.Linear(cfg.n_embd, hidden), nn.GELU(), nn.Linear(hidden, cfg.n_embd))
+            self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
         self.mlp.apply(self.init_weights)
 
     def token_loss(self, batch, with_eos):
@@ -179,8 +171,8 @@ class GPT(controls.GPT):
         if not self.cfg.latent or torch.rand(()) < self.cfg.latent_drop:
             return token, dict(token=token.detach())
         latent = self.latent_loss(batch)
-        stats = dict(token=token.detach(), latent=latent.detach())
-        return token + self.cfg.latent * latent, stats
+        loss = token + self.cfg.latent * latent
+        return loss, dict(token=token.detach(), latent=latent.detach())
 
     def write(self, descriptions):
         """Greedy: descriptions (B, T) without padding -> ids (B, R), PAD after EOS."""
@@ -190,21 +182,11 @@ class GPT(controls.GPT):
         after_end = is_end.cumsum(1) - is_end.int() > 0
         return ids.masked_fill(after_end, self.cfg.pad)
 
-# -- what an arm is judged by ----------------------------------------------------------------------
-
-def outcome(said, gold):
-    """exact | over: it went on after the right regex | same_length: in characters | other."""
-    if said == gold:
-        return "exact"
-    if said.startswith(gold):
-        return "over"
-    return "same_length" if len(said) == len(gold) else "other"
-
 def score(said, pairs):
-    """Shares of the outcomes over n pairs; prefix is exact or over."""
-    kinds = [outcome(words, gold) for words, (_, gold) in zip(said, pairs, strict=True)]
-    figures = {kind: kinds.count(kind) / len(kinds) for kind in OUTCOMES}
-    return figures | dict(prefix=figures["exact"] + figures["over"])
+    """Shares of n regexes that are exact, and whose beginning is (prefix): they may go on."""
+    exact = [words == gold for words, (_, gold) in zip(said, pairs, strict=True)]
+    prefix = [words.startswith(gold) for words, (_, gold) in zip(said, pairs)]
+    return dict(exact=sum(exact) / len(exact), prefix=sum(prefix) / len(prefix))
 
 def alike(guess, target, regexes):
     """Does a description lead to the latent of its own regex? guess, target (n, C), n strings.
@@ -238,7 +220,7 @@ def learn(cfg, taught):
     device, dtype = train.pick_device(cfg)
     views = views_of(cfg, taught)
     tokenizer = vocabulary(views)
-    known = {name: ids.to(device) for name, ids in pack(tokenizer, views, cfg).items()}
+    known = pack(tokenizer, views, cfg, device)
     torch.manual_seed(cfg.seed)
     model = GPT(dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)).to(device)
     run = train.Run(cfg, model, None, device, dtype)
@@ -250,15 +232,6 @@ def learn(cfg, taught):
     runs.fit(run, "speak", loss_at)
     return run, tokenizer
 
-@torch.no_grad()
-def look(run, tokenizer, pairs):
-    """How alike the views of n pairs are, and the cross-entropy of their regexes without EOS."""
-    packed = pack(tokenizer, views_of(run.cfg, pairs), run.cfg)
-    batch = {name: ids.to(run.device) for name, ids in packed.items()}
-    figures = alike(*run.model.views(batch), [regex for _, regex in pairs])
-    token_loss = run.model.token_loss(batch, with_eos=False)
-    return figures | dict(token_loss=token_loss.item())
-
 def measure(cfg):
     """Train an arm and judge it on the test pairs: a dict of figures."""
     known = read("synth_train")
@@ -267,16 +240,14 @@ def measure(cfg):
     # A model may know a leaked pair by heart. By the whole file: all sizes have the same test set.
     every = read("synth_test")[:cfg.tests]
     test = [pair for pair, leak in zip(every, leaked(known, every)) if not leak]
-    descriptions = [text for text, _ in test + held]
-    figures = dict(term=f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none")
-    if cfg.model == "table":
-        said = list(map(majority(taught), descriptions))
-    else:
-        run, tokenizer = learn(cfg, taught)
-        figures["million"] = sum(p.numel() for p in run.model.parameters()) / 1e6
-        said = write(run, tokenizer, descriptions)
-        figures |= look(run, tokenizer, test)
-    figures |= score(said[:len(test)], test)
+    run, tokenizer = learn(cfg, taught)
+    said = write(run, tokenizer, [text for text, _ in test + held])
+    figures = score(said[:len(test)], test)
+    with torch.no_grad():
+        batch = pack(tokenizer, views_of(cfg, test), cfg, run.device)
+        figures |= alike(*run.model.views(batch), [regex for _, regex in test])
+        figures["token_loss"] = run.model.token_loss(batch, with_eos=False).item()
+    figures["term"] = f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none"
     if held:
         figures["dev"] = score(said[len(test):], held)["exact"]
     return figures
@@ -284,8 +255,7 @@ def measure(cfg):
 # -- the arms --------------------------------------------------------------------------------------
 
 STEPS = {250: 400, 1000: 600, 8000: 1200}       # by number of pairs
-# the arm of the map with the best dev (.667 ± .009, 3 seeds; the worst has .569): the test pairs
-# have no say in it
+# the arm of the map with the best dev, .667 ± .009 (3 seeds); test pairs have no say in it
 BEST = dict(latent=1.0, k=3)
 
 def arm(size, **changes):
@@ -294,13 +264,8 @@ def arm(size, **changes):
 
 MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k)
        for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
-CASES = {
-    "": {},
-    " latent": BEST,
-    " no-EOS": dict(eos_in_loss=False),
-    " latent no-EOS": BEST | dict(eos_in_loss=False),
-    " table": dict(model="table"),
-}
+CASES = {"": {}, " latent": BEST, " no-EOS": dict(eos_in_loss=False),
+         " latent no-EOS": BEST | dict(eos_in_loss=False)}
 SQUARE = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in CASES.items()}
 # Two views have as many tokens as the packed row: the latent term doubles the work of a step.
 SQUARE |= {f"{size} twice the steps": arm(size, speak_steps=2 * steps)
@@ -312,11 +277,10 @@ WAYS = {
     "MLP": arm(1000, latent=BEST["latent"], mlp=True),
     "people": arm(1000, **BEST, view="people"),
     "drop=.5": arm(1000, k=BEST["k"], latent=2 * BEST["latent"], latent_drop=0.5),
-    "1000 lr=0.001": arm(1000, speak_lr=1e-3),
-    "1000 lr=0.004": arm(1000, speak_lr=4e-3),
-    "1000 latent lr=0.001": arm(1000, speak_lr=1e-3, **BEST),
-    "1000 latent lr=0.004": arm(1000, speak_lr=4e-3, **BEST),
 }
+for lr in (1e-3, 4e-3):
+    WAYS[f"1000 lr={lr:g}"] = arm(1000, speak_lr=lr)
+    WAYS[f"1000 latent lr={lr:g}"] = arm(1000, speak_lr=lr, **BEST)
 GROUPS = dict(map=MAP, square=SQUARE, ways=WAYS)
 ARMS = MAP | SQUARE | WAYS
 
@@ -325,69 +289,48 @@ def shrunk(cfg):
     return dataclasses.replace(cfg, n_embd=32, n_layer=1, top_k=1, size=60, tests=6,
                                qa_batch_size=8, speak_steps=2)
 
-# -- the tables ------------------------------------------------------------------------------------
-
-ANSWERS = {"latent term": "term", "exact match": "exact", "prefix match": "prefix",
-           "over-generation": "over", "same length": "same_length", "other": "other", "dev": "dev",
-           "million weights": "million"}
-LATENTS = {"cross-entropy": "token_loss", "cosine of pairs": "paired", "of others": "unpaired",
-           "R@1": "r1", "chance": "r1_chance", "rank of text": "rank_text", "of code": "rank_code"}
-BOTH = {"latent term": "term", "exact match": "exact", "prefix match": "prefix", "dev": "dev"}
+PAIRS = [(f"{size} latent{term}", f"{size}{other}") for size in STEPS
+         for term, other in (("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS"))]
+GAINS = {"exact match": "exact", "prefix match": "prefix"}
+# cross-entropy: of a token of a test regex, never of EOS
+COLUMNS = {"latent term": "term", **GAINS, "dev": "dev", "cross-entropy": "token_loss",
+           "cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1", "chance": "r1_chance",
+           "rank of text": "rank_text", "of code": "rank_code"}
 TABLES = {
-    "By size": (SQUARE, ANSWERS),
-    "Inside (cross-entropy: of a token of a test regex, without EOS)":
-        ([name for name, cfg in SQUARE.items() if cfg.model == "gpt"], LATENTS),
-    "1,000 pairs, lambda and k (1000 is lambda 0)": (["1000", *MAP], BOTH | LATENTS),
-    "1,000 pairs: distances, predictors, views, learning rates":
-        (["1000", "1000 latent", *WAYS], BOTH | LATENTS),
+    "By size": (SQUARE, COLUMNS),
+    "What the latent term adds, by seed": ([f"{arm} - {other}" for arm, other in PAIRS], GAINS),
+    "1,000 pairs, lambda and k (1000 is lambda 0)": (["1000", *MAP], COLUMNS),
+    "1,000 pairs, other changes": (["1000", "1000 latent", *WAYS], COLUMNS),
 }
 
-def gain(rows, arm, control, name):
-    """Mean ± standard deviation of arm - control over the seeds that both have, in words."""
-    figures = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
-    found = [row[name] - figures[control, seed][name] for (other, seed), row in figures.items()
-             if other == arm and (control, seed) in figures]
-    if found:
-        above = sum(x > 0 for x in found)
-        mean, deviation, n = figure_of(found)
-    elif older := over_seeds(rows, f"{arm} - {control}", name):
-        # an older table holds the difference itself, under the names of both arms
-        above = over_seeds(rows, f"{arm} - {control}", f"{name}_above").mean
-        mean, deviation, n = older
-    else:
-        return "not measured"
-    spread = "" if deviation is None else f" ± {deviation:.3f}"
-    return f"{mean:+.3f}{spread} ({above} of {n} seeds)"
+def with_gains(rows):
+    """rows, and for each of PAIRS the difference of arm and control, seed by seed.
 
-def gains(rows):
-    """Markdown: what the latent term adds to an arm that is otherwise the same, by seed."""
-    figures = ("exact", "prefix", "over")
-    lines = [["with", "without", "exact match", "prefix match", "over-generation"]]
-    for size in STEPS:
-        for term, without in (("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS")):
-            pair = f"{size} latent{term}", f"{size}{without}"
-            lines.append([*pair, *(gain(rows, *pair, name) for name in figures)])
-    return markdown(lines)
+    An older table holds these differences under the same names.
+    """
+    found = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
+    gains = []
+    for (arm, control), seed in itertools.product(PAIRS, {seed for _, seed in found}):
+        if (arm, seed) in found and (control, seed) in found:
+            mine, other = found[arm, seed], found[control, seed]
+            gains.append(mine | dict(arm=f"{arm} - {control}") | {
+                name: mine[name] - other[name] for name in GAINS.values()})
+    return rows + gains
 
 def draw_square(rows, path):
     """Exact and prefix match by number of pairs, mean and standard deviation over seeds."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axis, name in (left, "exact"), (right, "prefix"):
-        for number, case in enumerate(("", " latent", " twice the steps", " no-EOS",
-                                       " latent no-EOS", " table")):
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (title, name) in zip(axes, GAINS.items()):
+        for number, case in enumerate([*CASES, " twice the steps"]):    # five lines
             found = {size: over_seeds(rows, f"{size}{case}", name) for size in STEPS}
             sizes = [size for size in STEPS if found[size]]
             axis.errorbar([size * 1.03 ** number for size in sizes],    # side by side
                           [found[size].mean for size in sizes],
                           [found[size].deviation or 0 for size in sizes], fmt="-o", capsize=3,
-                          color="0.7" if case == " table" else f"C{number}",
                           label=case.strip() or "cross-entropy")
-        axis.set(xscale="log", xlabel="training pairs", ylim=(-0.02, 1))
-    left.set(title="exact match", ylabel="share of test pairs")
-    right.set(title="prefix match: the right regex, then more or not")
-    left.legend(fontsize=8)
+        axis.set(title=title, xscale="log", xlabel="training pairs", ylabel="share of test pairs")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 def llm_jepa(flags):
@@ -395,20 +338,16 @@ def llm_jepa(flags):
     read("synth_train")                 # without pairs it ends here, in one line
     words = flags.arms.split(",") if flags.arms else list(GROUPS)
     names = [name for word in words for name in GROUPS.get(word, [word])]
-    arms = ARMS
+    flags = dataclasses.replace(flags, arms=",".join(names))
     if flags.fast:
-        print("labs.llm_jepa --fast: half a minute on one core; its figures mean nothing")
+        print("labs.llm_jepa --fast: 10 seconds on one core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
-        arms = {name: shrunk(cfg) for name, cfg in ARMS.items()}
-    rows = run_arms("llm_jepa", arms, dataclasses.replace(flags, arms=",".join(names)), measure)
-    if flags.fast:
+        run_arms("llm_jepa", {name: shrunk(cfg) for name, cfg in ARMS.items()}, flags, measure)
         print("\n".join(f"{name}: ran" for name in names))
         return
-    path = Path(flags.out) / "llm_jepa.png"
-    draw_square(rows, path)
-    text = f"{tables(rows, TABLES)}\n\nWhat the latent term adds, by seed:\n\n{gains(rows)}"
-    publish("llm_jepa", rows, text, flags.table)
-    print(f"figure: {path}")
+    rows = with_gains(run_arms("llm_jepa", ARMS, flags, measure))
+    draw_square(rows, Path(flags.out) / "llm_jepa.png")
+    publish("llm_jepa", rows, tables(rows, TABLES), flags.table)
 
 
 if __name__ == "__main__":

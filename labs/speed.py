@@ -2,15 +2,11 @@
 How fast is a training step, how fast could this machine be, and what would a GPT cost?
 
     python -m labs.speed --nanogpt=../nanoGPT   15 minutes on 2 cores; run nothing else meanwhile
-    python -m labs.speed                        the same without nanoGPT's own model.py
-    python -m labs.speed --fast                 a quarter of a minute on one core: does it run?
+    python -m labs.speed --fast                 10 seconds on one core: does it run?
 
 Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: 1.13 /
-1.24 / 1.31 of it at width 128 / 256 / 512). Thinking once saves time in long answers only, because
-the decoder is shallow.
-
-Functions that are compared are called in turn, A B C A B C ..., so that a busy moment of the
-machine hits all of them: trust ratios more than times. The figures of an arm:
+1.24 / 1.31 of it at width 128 / 256 / 512). To think once saves time in long answers only. Arms are
+called in turn, A B C A B C ..., so that a busy moment of the machine hits all of them.
 
     ms          median over 20 calls after a warm-up (3 calls for 256 tokens)
     ratio       ms over those of the first arm of the same width
@@ -23,7 +19,6 @@ import dataclasses
 import importlib.util
 import itertools
 import time
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,19 +41,11 @@ from labs.tables import markdown, publish
 class Flags:
     """Flags of the speed lab."""
     nanogpt: str = ""           # folder of a checkout of karpathy/nanoGPT: its model.py is measured
-    threads: int = 0            # CPU threads; 0 = as many as torch takes by itself
+    bf16: bool = False          # bf16 autocast instead of fp32
     out: str = "out/labs"       # folder of speed-fast.csv
     results: str = "labs/results"   # folder of speed.csv, relative to the repository
     fast: bool = False          # a few calls of everything, to see that it runs
     table: str = ""             # also write the table into this file, between its markers
-
-    def __post_init__(self):
-        has_model = not self.nanogpt or Path(self.nanogpt, "model.py").is_file()
-        tjepa.check(self, [
-            ("threads", lambda n: n >= 0, "0 or more"),
-            ("table", lambda path: not (path and self.fast), "left out: --fast measures nothing"),
-            ("nanogpt", lambda path: has_model, "a checkout of karpathy/nanoGPT, with model.py"),
-        ])
 
 # rows of text a step; tokens to generate; lengths of an answer; questions: each so-manieth
 FULL = SimpleNamespace(widths=(128, 256, 512), rows=48, calls=20, said=256, said_calls=3,
@@ -66,10 +53,8 @@ FULL = SimpleNamespace(widths=(128, 256, 512), rows=48, calls=20, said=256, said
 FAST = SimpleNamespace(widths=(32, 64), rows=4, calls=2, said=8, said_calls=1,
                        answers=(1, 4), every=64)
 CFG = train.Config()
-MATMUL, STEP = "Matrix products of a block", "Training step"
+MATMUL = "Matrix products of a block"
 SHOWN = ("ms", "ratio", "GFLOP", "GFLOP/s", "of_matmul", "launches", "note")
-
-# -- counting --------------------------------------------------------------------------------------
 
 def count_flops(act):
     """FLOPs of one call."""
@@ -79,31 +64,25 @@ def count_flops(act):
     return counter.get_total_flops()
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts the aten operations that would launch a kernel on a GPU, one for each operation.
+    """Counts the aten operations that would launch a kernel on a GPU.
 
     Views only change sizes and strides, and an empty tensor is not filled. A foreach or fused
     operation counts once, however many tensors it takes.
     """
-    WITHOUT_KERNEL = ("empty", "new_empty", "_unsafe_view", "sym_", "is_", "_local_scalar_dense")
-
-    def __init__(self):
-        super().__init__()
-        self.launches = 0
+    SILENT = ("empty", "new_empty", "_unsafe_view", "sym_", "is_", "_local_scalar_dense")
+    launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
-        silent = func.is_view or name.startswith(self.WITHOUT_KERNEL)
-        if namespace == "aten" and not silent:
+        if namespace == "aten" and not func.is_view and not name.startswith(self.SILENT):
             self.launches += 1
         return func(*args, **(kwargs or {}))
 
 def count_launches(act):
-    """Kernels of one call. The first call of an optimizer also makes its state: warm up before."""
+    """Kernels of one call. The first call of an optimizer makes its state: warm up before."""
     with LaunchCounter() as counter:
         act()
     return counter.launches
-
-# -- measuring -------------------------------------------------------------------------------------
 
 class Lab:
     """What the parts share: flags, sizes, device, corpus and a clock."""
@@ -112,15 +91,20 @@ class Lab:
         self.flags = flags
         self.size = FAST if flags.fast else FULL
         self.ends = self.size.widths[0], self.size.widths[-1]
-        self.device, bf16 = train.pick_device(CFG)
-        self.dtypes = dict(fp32=None, bf16=bf16) if bf16 else dict(fp32=None)
-        self.limits = {}                # (width, dtype) -> FLOP/s of bare matrix products
+        self.device, _ = train.pick_device(CFG)
+        self.dtype = torch.bfloat16 if flags.bf16 else None
+        self.limits = {}                # width -> FLOP/s of bare products
         self.corpus = data.load(CFG)
-        # The longest question and the longest answer fix all padding.
+        # The longest question and the longest answer are there: they fix all padding.
         qa = sorted(self.corpus.qa, key=lambda row: len(row.answer))
         some = [max(qa, key=lambda row: len(row.question)), *qa[::-self.size.every]]
         self.questions = data.Questions(some, self.corpus.tokenizer, CFG.block_size,
                                         CFG.answer_size, self.device)
+
+    def run(self, model, cfg=CFG):
+        """A `train.Run` with a model."""
+        model = model.to(self.device)
+        return train.Run(cfg, model, self.corpus, self.device, self.dtype, self.questions)
 
     def time(self, act):
         """Milliseconds of one call; a GPU is waited for."""
@@ -130,36 +114,29 @@ class Lab:
         return 1e3 * (time.perf_counter() - started)
 
     def measure(self, part, acts, calls, width, notes={}, tokens=1):
-        """Time functions in turn; append their figures to the results file.
+        """Time functions in turn, a dict of name -> function, and append their figures.
 
-        acts: (name, dtype) -> function. notes: the same -> text. tokens: launches are stored per
-        so many generated tokens.
+        notes: name -> text. tokens: how many a call generates.
         """
         gflop = [count_flops(act) / 1e9 for act in acts.values()]       # warms up, too
         launches = [count_launches(act) / tokens for act in acts.values()]
         times = [[self.time(act) for act in acts.values()] for _ in range(calls)]
         medians = np.median(times, axis=0)
-        for arm, work, kernels, ms in zip(acts, gflop, launches, medians):
-            name, dtype = arm
+        for name, work, kernels, ms in zip(acts, gflop, launches, medians):
             rate = work / ms * 1e3
             if part == MATMUL:
-                self.limits[width, dtype] = rate
+                self.limits[width] = rate
             figures = {"ms": ms, "ratio": ms / medians[0], "GFLOP": work, "GFLOP/s": rate,
-                       "of_matmul": rate / self.limits.get((width, dtype), np.inf),
-                       "launches": kernels, "note": notes.get(arm)}
-            self.store(f"{part}: {name}, width {width}, {dtype}", figures)
-
-    def store(self, arm, figures):
-        """Append the figures of an arm, numbers with three digits at least."""
-        shared = dict(arm=arm, seed="", deviation="", seeds=1, commit=arms.commit(),
-                      device=arms.machine())
-        rows = []
-        for name, value in figures.items():
-            if value:
-                text = value if name == "note" else f"{value:{'.0f' if value >= 100 else '.3g'}}"
-                rows.append(shared | dict(figure=name, value=text))
-        records.append(records.file_of("speed", self.flags), rows)
-        print(f"{arm}: ran" if self.flags.fast else f"{arm}: {figures['ms']:.3g} ms", flush=True)
+                       "of_matmul": rate / self.limits.get(width, np.inf), "launches": kernels}
+            texts = {figure: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+                     for figure, x in figures.items() if x}
+            if name in notes:
+                texts["note"] = notes[name]
+            arm = f"{part}: {name}, width {width}, {'bf16' if self.dtype else 'fp32'}"
+            shared = dict(arm=arm, seeds=1, commit=arms.commit(), device=arms.machine())
+            rows = [shared | dict(figure=figure, value=text) for figure, text in texts.items()]
+            records.append(records.file_of("speed", self.flags), rows)
+            print(f"{arm}: ran" if self.flags.fast else f"{arm}: {texts}", flush=True)
 
 # -- what is measured ------------------------------------------------------------------------------
 
@@ -173,18 +150,15 @@ def gpt_of(width, depth=CFG.n_layer, size=CFG.block_size):
     return GPT(cfg, size)
 
 def nanogpt(lab, width, size=CFG.block_size):
-    """nanoGPT in the shape of the encoder, and its optimizer. Nothing of it is part of this
-    repository: its model.py is imported from where it is."""
+    """nanoGPT in the shape of the encoder, and its optimizer, from its own model.py."""
     path = Path(lab.flags.nanogpt, "model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shape = module.GPTConfig(size, CFG.vocab_size, CFG.n_layer, width // 32, width, 0.0, bias=False)
-    with redirect_stdout(None):         # it prints its number of parameters
-        model = module.GPT(shape).to(lab.device)
-        # "cuda" makes AdamW fused, as ours is on every device
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
-    return model, optimizer
+    cfg = module.GPTConfig(size, CFG.vocab_size, CFG.n_layer, width // 32, width, 0.0, bias=False)
+    model = module.GPT(cfg).to(lab.device)
+    # "cuda" makes its AdamW fused, as ours is on every device
+    return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
 
 def training_step(run, phase, loss_at, optimizer=None):
     """A function that takes one training step, by the statements of `train.fit`."""
@@ -203,7 +177,7 @@ def training_step(run, phase, loss_at, optimizer=None):
             run.model.ema_update()
     return step
 
-def gpt_step(lab, model, optimizer=None, dtype=None):
+def gpt_step(lab, model, optimizer=None):
     """The training step of a GPT, ours or nanoGPT's, on as many tokens as phase 1 reads."""
     tokenizer = lab.corpus.tokenizer
     text = data.Text(lab.corpus.train.tokens, CFG.block_size + 1, tokenizer, "the shipped text")
@@ -213,44 +187,38 @@ def gpt_step(lab, model, optimizer=None, dtype=None):
         rows = text.batch(lab.size.rows).to(lab.device, non_blocking=True)      # (B, T+1)
         targets = rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous()
         return model(rows[:, :-1], targets)[1], {}
-    run = train.Run(CFG, model, lab.corpus, lab.device, dtype)
-    return training_step(run, "speak", loss_at, optimizer)
+    return training_step(lab.run(model), "speak", loss_at, optimizer)
 
-def phase_step(lab, phase, dtype, width):
+def phase_step(lab, phase, width):
     """The training step of a phase of train.py, with fresh weights."""
     cfg = dataclasses.replace(CFG, batch_size=lab.size.rows, **shape(width))
-    model = train.build(cfg, lab.corpus.tokenizer).to(lab.device)
-    run = train.Run(cfg, model, lab.corpus, lab.device, dtype, lab.questions)
+    run = lab.run(train.build(cfg, lab.corpus.tokenizer), cfg)
     if phase != "pretrain":
         run = run._replace(concepts=train.set_answers(run, None))
     loss_at, _ = train.PHASE_OF[phase](run)
     return training_step(run, phase, loss_at)
 
-def products(lab, width, dtype):
+def products(lab, width):
     """The four bare matrix products of a block, for the tokens of a step."""
     n = lab.size.rows * CFG.block_size
     made = []
     for n_in, n_out in ((1, 3), (1, 1), (1, 4), (4, 1)):
-        x = torch.randn(n, width * n_in, device=lab.device, dtype=dtype)
-        weight = torch.randn(width * n_out, width * n_in, device=lab.device, dtype=dtype)
-        made.append((x, weight))
+        shapes = (n, width * n_in), (width * n_out, width * n_in)       # input, weight
+        made.append([torch.randn(shape, device=lab.device, dtype=lab.dtype) for shape in shapes])
     return lambda: [F.linear(x, weight) for x, weight in made]
 
 def steps(lab):
     """The bare products first, which are the limit; then nanoGPT, our GPT and the three phases."""
     for width in lab.size.widths:
-        bare = {("C-3C, C-C, C-4C, 4C-C", name): products(lab, width, dtype)
-                for name, dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items()}
+        bare = {"C-3C, C-C, C-4C, 4C-C": products(lab, width)}
         lab.measure(MATMUL, bare, lab.size.calls, width)
         acts = {}
         if lab.flags.nanogpt:
-            acts["nanoGPT", "fp32"] = gpt_step(lab, *nanogpt(lab, width))
-        for name, dtype in lab.dtypes.items():
-            gpt = gpt_of(width).to(lab.device)
-            acts["GPT of our blocks", name] = gpt_step(lab, gpt, dtype=dtype)
-            for number, phase in enumerate(train.PHASES, 1):
-                acts[f"phase {number}, {phase}", name] = phase_step(lab, phase, dtype, width)
-        lab.measure(STEP, acts, lab.size.calls, width)
+            acts["nanoGPT"] = gpt_step(lab, *nanogpt(lab, width))
+        acts["GPT of our blocks"] = gpt_step(lab, gpt_of(width).to(lab.device))
+        for number, phase in enumerate(train.PHASES, 1):
+            acts[f"phase {number}, {phase}"] = phase_step(lab, phase, width)
+        lab.measure("Training step", acts, lab.size.calls, width)
 
 def endless(lab, width, size):
     """An untrained model in which no token ends an answer: it says `size` tokens."""
@@ -258,7 +226,6 @@ def endless(lab, width, size):
     cfg.eos = -1
     return tjepa.TJEPA(cfg, lab.corpus.tokenizer.word_start).to(lab.device)
 
-@torch.no_grad()
 def generation(lab):
     """256 tokens, one text at a time: nanoGPT without a cache, ours with a KV cache."""
     n = lab.size.said
@@ -267,21 +234,14 @@ def generation(lab):
         nothing = torch.zeros(1, 0, device=lab.device)
         thought = tjepa.Thought(torch.randn(1, width, device=lab.device), nothing, nothing)
         start = torch.zeros(1, 1, dtype=torch.long, device=lab.device)
-
-        def speak(dtype):
-            """As sample.py does, at temperature 1."""
-            with torch.autocast(lab.device, dtype, enabled=dtype is not None):
-                list(model.speak(thought, temperature=1.0))
         acts = {}
         if lab.flags.nanogpt:
-            acts["nanoGPT's generate", "fp32"] = partial(nanogpt(lab, width, n)[0].generate, start, n)
-        acts["GPT of our blocks, KV cache", "fp32"] = partial(gpt.generate, start, n)
-        for name, dtype in lab.dtypes.items():
-            acts["decoder, KV cache", name] = partial(speak, dtype)
-        part = f"Saying {n} tokens, 1 at a time"
-        lab.measure(part, acts, lab.size.said_calls, width, tokens=n)
+            theirs, _ = nanogpt(lab, width, n)
+            acts["nanoGPT's generate"] = partial(theirs.generate, start, n)
+        acts["GPT of our blocks, KV cache"] = partial(gpt.generate, start, n)
+        acts["decoder, KV cache"] = lambda: list(model.speak(thought, temperature=1.0))
+        lab.measure(f"Saying {n} tokens, 1 at a time", acts, lab.size.said_calls, width, tokens=n)
 
-@torch.no_grad()
 def thinking(lab):
     """Think once, then say n tokens; against GPTs that read the question and say n tokens."""
     lengths = (lab.questions.tokens != lab.corpus.tokenizer.pad).sum(1)
@@ -296,50 +256,47 @@ def thinking(lab):
 
         def gpt(depth):
             """A GPT of some depth, as a function that says n tokens."""
-            longest = question.size(1) + n
-            return partial(gpt_of(width, depth, longest).to(lab.device).generate, question, n)
+            whole = gpt_of(width, depth, question.size(1) + n).to(lab.device)
+            return partial(whole.generate, question, n)
         # A GPT's parameters and FLOPs grow linearly with its depth.
         parts = model.context_encoder, model.predictor, model.decoder
         params = sum(p.numel() for part in parts for p in part.parameters())
+        outside = (CFG.vocab_size + 1) * width
         flops, one, two = map(count_flops, (ours, gpt(1), gpt(2)))
-        of_block = (12 * width + 2) * width
-        depths = {"parameters": (params - (CFG.vocab_size + 1) * width) / of_block,
-                  "FLOPs": max(1, 1 + (flops - one) / (two - one))}
-        acts, notes = {}, {}
-        for name, depth in depths.items():
-            arm = f"GPT of equal {name}", "fp32"
-            acts[arm] = gpt(round(depth))
-            notes[arm] = f"{round(depth)} layers"
-        acts["T-JEPA", "fp32"] = ours
+        depths = {"GPT of equal parameters": round((params - outside) / (12 * width + 2) / width),
+                  "GPT of equal FLOPs": max(1, round(1 + (flops - one) / (two - one)))}
+        acts = {name: gpt(depth) for name, depth in depths.items()} | {"T-JEPA": ours}
+        notes = {name: f"{depth} layers" for name, depth in depths.items()}
         part = f"Question of {question.size(1)} tokens, answer of {n}"
         lab.measure(part, acts, lab.size.calls, width, notes, tokens=n)
 
-# -- the table -------------------------------------------------------------------------------------
-
 def text_of(rows):
-    """A markdown table for each part and device; an arm's newest measurement replaces older ones."""
+    """A markdown table for each part and device, of the newest measurement of each arm."""
     found = {}                          # (part, device) -> arm -> figures
     for row in rows:
         part, _, arm = row["arm"].partition(": ")
-        arms_of_part = found.setdefault((part, row["device"]), {})
-        if arms_of_part.get(arm, {}).get("commit") != row["commit"]:
-            arms_of_part[arm] = dict(commit=row["commit"])
-        arms_of_part[arm][row["figure"]] = row["value"]
+        of_part = found.setdefault((part, row["device"]), {})
+        if of_part.get(arm, {}).get("commit") != row["commit"]:
+            of_part[arm] = dict(commit=row["commit"])
+        of_part[arm][row["figure"]] = row["value"]
     texts = []
-    for (part, device), figures in found.items():
-        if part.startswith((MATMUL, STEP, "Saying", "Question")):
-            lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in figures.items()]
+    for (part, device), of_part in found.items():
+        if part.startswith((MATMUL, "Training step", "Saying", "Question")):
+            lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in of_part.items()]
             texts.append(f"{part}, on {device}:\n\n{markdown([['arm', *SHOWN], *lines])}")
     return "\n\n".join(texts)
 
 def speed(flags):
     """Measure everything, then print the table."""
-    takes = "a quarter of a minute on one core; its figures mean nothing"
-    print(f"labs.speed: {takes if flags.fast else '15 minutes on 2 cores'}")
-    torch.set_num_threads(flags.threads or torch.get_num_threads())
+    arms.folder_of("speed", flags)      # refuses --fast with --table
+    print("10 seconds on one core" if flags.fast else "15 minutes on 2 cores")
+    if flags.nanogpt and not Path(flags.nanogpt, "model.py").is_file():
+        raise ValueError(f"--nanogpt={flags.nanogpt} is no checkout of nanoGPT: it has no model.py")
     lab = Lab(flags)
-    for part in (steps, generation, thinking):
-        part(lab)
+    steps(lab)
+    with torch.no_grad(), lab.run(torch.nn.Identity()).autocast():
+        generation(lab)
+        thinking(lab)
     if not flags.fast:
         rows = records.read_rows(records.file_of("speed", flags))
         publish("speed", rows, text_of(rows), flags.table)
