@@ -3,8 +3,8 @@ Do facts taught in latent space become speech? Teachers, memories and controls.
 
     python -m labs.facts --jobs=4               3 seeds of each arm; most arms share phase 1
     python -m labs.facts --arms="GPT,echo=0"    these arms, and first the arms that they start from
-    python -m labs.facts --seeds=0              no run, all tables; with --table=README.md those of
-                                                the first page, written into it
+    python -m labs.facts --seeds=0              no run, the tables of the lab's page;
+                                                with --table=README.md those of the first page
     python -m labs.facts --fast                 a few steps of each kind of arm: does it run?
 
 Expected before the first run: a random-init encoder is strong in the phrasings that were taught and
@@ -20,6 +20,7 @@ seeds of their own (10, 11, ...), so that the seeds of the other tables choose n
 """
 import copy
 import dataclasses
+import json
 import random
 import shutil
 from functools import partial
@@ -32,6 +33,7 @@ import evaluate
 import train
 from labs import controls, teachers
 from labs.arms import chosen, in_short, main, results, run_arms
+from labs.records import REPOSITORY
 from labs.runs import Arm, fit, open_run, plain, train_arm
 from labs.tables import publish, tables
 
@@ -115,25 +117,6 @@ def in_halves(questions, replay, seed):
 
 # -- figures ---------------------------------------------------------------------------------------
 
-def ranked(run):
-    """Facts that were only read (TXT), asked without any teaching, in their held-out wording.
-
-    energy_TXT_heldout: share whose own answer has the lowest energy among those of the relation.
-    """
-    values = {}
-    for item in run.corpus.cloze:
-        values.setdefault(item.relation, set()).add(item.answer)
-    right, chance = [], []
-    for item in run.corpus.cloze:
-        if item.split == "TXT":
-            before, after = item.statement.split("{a}")
-            answers = sorted(values[item.relation])
-            energy = evaluate.gap_energy(run, run.corpus.tokenizer, before, answers, after)
-            right.append(answers[energy.argmin()] == item.answer)
-            chance.append(1 / len(answers))
-    n = len(right)
-    return dict(energy_TXT_heldout=sum(right) / n, energy_chance=sum(chance) / n)
-
 @torch.no_grad()
 def explained(run):
     """R2 of the thoughts, over always giving the mean answer of the relation."""
@@ -168,7 +151,7 @@ def t_jepa(cfg, corpus):
             teachers.save(Path(cfg.out) / "vectors.npz", run.questions.answers, vectors)
             if cfg.variant == "MaskedLM":           # it predicts words, and no latents
                 run = run._replace(model=controls.WordEnergy(run.model, mean=True))
-            figures |= ranked(run) | evaluate.cloze(run, "capital")
+            figures |= evaluate.cloze(run, "capital")
     return figures | explained(open_run(cfg, corpus))
 
 def speak_told(cfg, corpus):
@@ -336,37 +319,16 @@ PHASE_1 = {"R2": "val_r2", "rank": "rank", "health": "health",
 R1 = by_phrasing("r1", "DEC", "LAT", title="R@1 ")
 EM = by_phrasing("em", "DEC", "LAT", "TXT") | {"memory shuffled": "em_shuffled"}
 NEVER = {"answered with I don't know": "abstain", "AUROC": "auroc"}
-HELD_OUT = {f"{title} {split}": f"{figure}_{split}_heldout" for split in TAUGHT
-            for title, figure in (("R@1", "r1"), ("MRR", "mrr"), ("R2", "r2"))}
-TXT = by_phrasing("em", "TXT", title="EM ") | by_phrasing("r1", "TXT", title="R@1 ") | {
-    "by energy, held-out wording": "energy_TXT_heldout", "chance": "energy_chance"}
-AFTER = {f"{title} of {half}, {when} B": f"{figure}_heldout_{half}_{when}"
-         for half in "AB" for when in ("before", "after")
-         for title, figure in (("R@1 LAT", "r1_LAT"), ("EM LAT", "em_LAT"), ("EM DEC", "em_DEC"))}
-
 FRONT = some("default", "default reads three times as long", "recipe=latent",
              "latent with wide predictor", "recipe=paper", "random-init encoder",
              "default from random-init encoder")
 SAID = some("GPT", "GPT reads three times as long", "commonest DEC answer")
-SELF = some("recipe=latent", "random-init encoder", "default")
-FIRST = {                   # title -> (arms, columns)
+FIRST = {                   # of the first page: title -> (arms, columns)
     "Phase 1": (FRONT, PHASE_1),
     "R@1 of the thought after phase 2": (FRONT, R1),
     "Exact match of greedy speech": (FRONT | SAID, EM),
     "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER),
 }
-ALL = {
-    "Phase 1": (READ, PHASE_1),
-    "What phase 1 is worth for speech": (READ, EM),
-    "Teachers and their controls: thoughts in held-out phrasings": (SELF | TEACHERS, HELD_OUT),
-    "Teachers and their controls: exact match": (SELF | TEACHERS, EM),
-    "What the decoder reads (recipe=latent: 4 slots)": (some("recipe=latent") | MEMORY, EM),
-    "Taught as tokens, and GPTs": (some("recipe=latent") | TOLD, EM),
-    "Only read (TXT)": (READ | SAID | some("GPT of 12 layers"), TXT),
-    "Facts A, then facts B, in held-out phrasings": (CONTINUAL, AFTER),
-    "Other rates and steps of phase 2": (LEVERS, R1 | EM | NEVER),
-}
-
 def run_lab(lab, arms, flags, measure, fast):
     """Run arms, those that others start from first -> `results`; None with --fast.
 
@@ -388,13 +350,19 @@ def run_lab(lab, arms, flags, measure, fast):
         return None
     return results(lab, flags)
 
+def page_tables(lab, rows):
+    """The tables of the lab's page: labs/pages/tables.json says which."""
+    path = REPOSITORY / "labs" / "pages" / "tables.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))[lab]
+    return tables(rows, {title: (part["arms"], part["columns"]) for title, part in parts.items()})
+
 def facts(flags):
-    """Run the arms; print the tables, or write those of the first page into it."""
+    """Run the arms; print the tables of the lab's page, or write those of README.md into it."""
     data.load(Config())         # writes the corpus if it is missing: once, before processes start
     rows = run_lab("facts", ARMS, flags, measure, FAST)
     if rows is not None:
-        shown = FIRST if Path(flags.table) == Path("README.md") else ALL
-        publish("facts", rows, tables(rows, shown), flags.table)
+        text = tables(rows, FIRST) if flags.table else page_tables("facts", rows)
+        publish("facts", rows, text, flags.table)
 
 if __name__ == "__main__":
     main(facts)

@@ -40,13 +40,6 @@ def logprobs(run, thoughts, answers, size=512):
         parts.append(own.masked_fill(answer == run.model.cfg.pad, torch.nan))
     return torch.cat(parts)
 
-def surprise(run, questions, thoughts):
-    """Negative log-likelihood of the right answers in nats a token, by split and phrasing."""
-    right = questions.answer_tokens[questions.answer_of]
-    right = controls.with_end(right, run.corpus.tokenizer)                      # (n, A)
-    nll = -logprobs(run, thoughts, right).nanmean(1)
-    return evaluate.by_split(questions, "nll", nll)
-
 @torch.no_grad()
 def answers_of(run, thoughts):
     """Greedy speech: n strings, and the log-probability of each token (n, A), NaN at padding."""
@@ -97,7 +90,7 @@ def same_relation(questions):
     return other.to(questions.tokens.device)
 
 def replaced(run, questions):
-    """Exact match, and nats a token above the real memory, when the memory is replaced."""
+    """Exact match when the memory of the decoder is replaced."""
     real = think(run, questions)
     torch.manual_seed(0)
     mixed = torch.randperm(len(questions.rows), device=run.device)
@@ -110,12 +103,9 @@ def replaced(run, questions):
         relation=real.rows(same_relation(questions)),
         random=think(run._replace(model=stranger), questions))
     figures = {}
-    least = surprise(run, questions, real)
     for name, thoughts in memories.items():
-        said, _ = answers_of(run, thoughts)
+        said = evaluate.say(run, thoughts)
         found = evaluate.by_split(questions, "em", controls.matches(questions, said))
-        nll = surprise(run, questions, thoughts)
-        found |= {f"d{key}": nll[key] - least[key] for key in nll}
         figures |= {f"{key}_memory_{name}": value for key, value in found.items()}
     return figures
 
@@ -143,25 +133,25 @@ def rivals_of(questions, nearest):
     torch.manual_seed(0)
     return torch.multinomial(weight.cpu() + 1e-9, 1)[:, 0].to(nearest.device)
 
-def editing(run, questions, thoughts, said, nearest):
-    """Edit the thought towards a rival answer. follow_NAME: share that then says the rival;
-    stay_NAME: share that says the same as before. NAME: replace, shift_100 (by the difference of
-    the two concepts), random (as far in a random direction)."""
+def editing(run, questions, thoughts, nearest):
+    """Share of answers that become a rival's when the thought is edited: follow_NAME.
+
+    NAME: replace (by the rival's latent), shift_100 (by the difference of the two concepts), random
+    (as far in a random direction).
+    """
     rival = rivals_of(questions, nearest)
     shift = run.concepts[rival] - run.concepts[nearest]                         # (n, D)
     torch.manual_seed(1)
     aside = F.normalize(torch.randn_like(shift), dim=1) * shift.norm(dim=1, keepdim=True)
     edits = dict(replace=run.concepts[rival], shift_100=thoughts.latent + shift,
                  random=thoughts.latent + aside)
-    wanted = [questions.answers[i] for i in rival.tolist()]
     figures = {}
     for name, latent in edits.items():
-        now, _ = answers_of(run, thoughts._replace(latent=latent))
+        said = evaluate.say(run, thoughts._replace(latent=latent))
         for split in ("DEC", "LAT"):
             rows = questions.where(split).tolist()
-            for figure, words in (("follow", wanted), ("stay", said)):
-                equal = sum(now[i] == words[i] for i in rows)
-                figures[f"{figure}_{name}_{split}"] = equal / max(1, len(rows))
+            n_rival = sum(said[i] == questions.answers[rival[i]] for i in rows)
+            figures[f"follow_{name}_{split}"] = n_rival / max(1, len(rows))
     return figures
 
 @torch.no_grad()

@@ -26,10 +26,10 @@ import evaluate
 import train
 from labs import controls, grounding, measures
 from labs.arms import main
-from labs.facts import begin, by_phrasing, keep, relabel, run_lab
+from labs.facts import begin, keep, page_tables, relabel, run_lab
 from labs.grounding import IDK, answers_of, silent, think, token_scores, trust
 from labs.runs import Arm, fit, open_run, plain, train_arm
-from labs.tables import publish, tables
+from labs.tables import publish
 
 SHARED = "phases 1 and 2"       # the arm from which the others start
 SCHEDULES = dict(               # weight of the latent loss over alpha_start, by progress 0 to 1
@@ -197,7 +197,6 @@ def judge(run):
     figures = evaluate.exact_match(run, questions, thoughts)
     figures |= evaluate.recall(run, questions, run.concepts)
     figures |= evaluate.cloze(run, "capital")
-    figures |= grounding.surprise(run, questions, thoughts)
     figures |= grounding.latent_head(run, questions, thoughts)
 
     thoughts = think(run, held_out)
@@ -205,7 +204,7 @@ def judge(run):
     distance = torch.cdist(thoughts.latent, run.concepts)                       # (n, A)
     nearest = distance.argmin(1)
     figures |= grounding.replaced(run, held_out) | grounding.tracing(held_out, said, nearest)
-    figures |= grounding.editing(run, held_out, thoughts, said, nearest)
+    figures |= grounding.editing(run, held_out, thoughts, nearest)
     if IDK in held_out.answers:         # to be near to it is no sign of knowing
         distance[:, held_out.answers.index(IDK)] = torch.inf
     return figures | trust(held_out, said, token_scores(logp) | dict(latent=-distance.amin(1)))
@@ -310,58 +309,12 @@ FIRST = {SHARED: Config(kind="phases_1_and_2", phase="all", start="")}
 ARMS = FIRST | SCHEDULED | ENCODERS | MEMORIES | SILENT
 FAST = ("annealed", "joint", "memory=tokens", "no memory", "GPT taught I don't know", "lookup")
 
-# -- the tables: title -> (arms, columns) ----------------------------------------------------------
-
-def held_out(*figures):
-    """Columns: figures (title, name) of DEC and LAT in held-out phrasings."""
-    return {f"{title} {split}": f"{name}_{split}_heldout"
-            for title, name in figures for split in ("DEC", "LAT")}
-
-EM = by_phrasing("em", "DEC", "LAT", title="EM ")
-LOSSES = EM | {"EM LAT at step 200": "early_em_LAT_heldout"}
-LOSSES |= held_out(("NLL", "nll"), ("R@1 of the latent head", "head_r1"))
-KEPT = EM | {"EM TXT": "em_TXT_heldout", "capital by energy": "cloze_capital"}
-KEPT |= held_out(("R@1 of the thought", "r1"))
-PULLS = {"L_token, L_latent": "grad_cos", "L_token, random target": "grad_cos_random",
-         "L_token's halves": "grad_halves_token", "L_latent's halves": "grad_halves_latent",
-         "encoder: L_token, phase 2": "grad_cos_thought_encoder",
-         "L_token's halves there": "grad_halves_token_encoder",
-         "phase 2's halves there": "grad_halves_thought_encoder"}
-REPLACED = ("real", "zero", "mean", "shuffled", "relation", "random")
-SPOKEN = {f"{split} {memory}": f"em_{split}_heldout_memory_{memory}"
-          for split in ("DEC", "LAT") for memory in REPLACED}
-SURPRISE = {f"{split} {memory}": f"dnll_{split}_heldout_memory_{memory}"
-            for split in ("DEC", "LAT") for memory in REPLACED[1:]}
-FOLLOWED = {f"{split} {title}": f"{name}_{split}" for split in ("DEC", "LAT") for title, name in (
-    ("replaced", "follow_replace"), ("moved", "follow_shift_100"), ("random", "follow_random"),
-    ("unmoved by random", "stay_random"))}
-AGREED = {split: f"agree_{split}" for split in ("DEC", "LAT", "TXT", "NEVER")}
-AGREED |= {"by chance": "agree_chance"}
-TRUSTED = {"EM DEC": "em_DEC_heldout", "EM LAT": "em_LAT_heldout", "hallucinated": "hallucinated",
-           "DEC unanswered": "silent_DEC", "million weights": "million",
-           "AUROC latent": "auroc_latent", "AUROC token mean": "auroc_token",
-           "AUROC least token": "auroc_least"}
-PULLED = {name: ARMS[name] for name in (
-    "annealed", "alpha 0.5", "shuffled latent target", "fine-tuned", "joint", "joint at 5e-4")}
-TABLES = {
-    "The latent loss of phase 3 (`alpha 0.25` has as much of it as `annealed`)":
-        (SCHEDULED, LOSSES),
-    "The encoder in phase 3 (R@1 and the cloze: what is left of phases 1 and 2)": (ENCODERS, KEPT),
-    "Cosines of gradients on the decoder and on the encoder": (PULLED, PULLS),
-    "Grounding: EM if the memory is replaced": (MEMORIES, SPOKEN),
-    "Grounding: nats a token above those with the real memory": (MEMORIES, SURPRISE),
-    "Edits of the thought: share of answers that become the rival's": (MEMORIES, FOLLOWED),
-    "Traces: share of answers that the concept nearest to the thought names":
-        (MEMORIES | PULLED, AGREED),
-    "Invented subjects against DEC": (SILENT, TRUSTED),
-}
-
 def speaking(flags):
-    """Run the arms; write the tables."""
+    """Run the arms; print the tables of the lab's page."""
     data.load(Config())         # writes the corpus if it is missing: once, before processes start
     rows = run_lab("speaking", ARMS, flags, measure, FAST)
     if rows is not None:
-        publish("speaking", rows, tables(rows, TABLES), flags.table)
+        publish("speaking", rows, page_tables("speaking", rows), flags.table)
 
 if __name__ == "__main__":
     main(speaking)

@@ -1,5 +1,6 @@
 """What arms of the facts lab may differ in, and that its controls are controls."""
 import dataclasses
+import json
 import re
 import sys
 import types
@@ -68,9 +69,11 @@ def test_arms_read_and_are_taught_as_much_as_their_names_say():
         assert (cfg.shift == 10) == name.startswith("lever "), name
 
 
-def test_every_arm_stands_in_a_table_and_no_table_asks_for_another():
-    shown = {name for part, _ in facts.ALL.values() for name in part}
-    assert shown == set(facts.ARMS)
+def test_the_tables_of_the_page_and_of_the_first_page_show_arms_of_the_lab():
+    page = json.loads(Path("labs/pages/tables.json").read_text())["facts"]
+    shown = {name for part in page.values() for name in part["arms"]}
+    shown |= {name for part, _ in facts.FIRST.values() for name in part}
+    assert shown <= set(facts.ARMS)
 
 
 def test_an_arm_that_others_begin_with_runs_first_and_once(tmp_path, monkeypatch):
@@ -109,9 +112,10 @@ def test_shared_phases_are_bit_identical_and_the_decoder_is_new(tmp_path, capsys
     rows = arms.run_arms("facts", facts.ARMS, arms.Flags(fast=True, out=str(tmp_path), seeds=0))
     assert all("em_LAT_heldout" in row for row in rows)
     latent = next(row for row in rows if row["arm"] == "recipe=latent")
-    for part, columns in facts.ALL.values():
-        if "recipe=latent" in part:
-            assert not set(columns.values()) - set(latent)
+    page = json.loads(Path("labs/pages/tables.json").read_text())["facts"]
+    shown = [part["columns"] for part in page.values()]
+    for columns in shown + [columns for _, columns in facts.FIRST.values()]:
+        assert not set(columns.values()) - set(latent)
 
 
 # -- phase 2: what is taught -----------------------------------------------------------------------
@@ -175,22 +179,6 @@ def test_the_sentence_encoder_of_the_readme_makes_vectors_that_can_teach(
 
 
 # -- figures ---------------------------------------------------------------------------------------
-
-def test_the_answer_of_lowest_energy_is_the_answer(corpus, monkeypatch):
-    run = types.SimpleNamespace(corpus=corpus)
-    truth = {item.statement: item.answer for item in corpus.cloze}
-    asked = []
-
-    def energy(run, tokenizer, before, values, after):
-        """Low for the answer of the statement."""
-        own = truth[f"{before}{{a}}{after}"]
-        asked.append(own)
-        return torch.tensor([float(value != own) for value in values])
-    monkeypatch.setattr(evaluate, "gap_energy", energy)
-    found = facts.ranked(run)
-    assert found["energy_TXT_heldout"] == 1.0 and len(asked) == 81
-    assert found["energy_chance"] == pytest.approx(0.059, abs=1e-3)
-
 
 def test_r2_of_perfect_thoughts_is_1_and_of_relation_means_0(questions, monkeypatch):
     torch.manual_seed(0)

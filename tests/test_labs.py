@@ -210,7 +210,7 @@ def test_figures_of_an_older_table_are_shown_and_are_not_seeds(tmp_path):
 
 @pytest.mark.parametrize("lab, columns, shown", (
     ("collapse", collapse.COLUMNS, list(collapse.ARMS)),
-    ("speaking", speaking.KEPT, list(speaking.ENCODERS))))
+    ("speaking", {"EM": "em_LAT_heldout", "TXT": "em_TXT_heldout"}, list(speaking.ENCODERS))))
 def test_a_table_of_the_repositorys_results_has_the_numbers_of_their_file(lab, columns, shown):
     lines = records.read_rows(records.file_of(lab, arms.Flags()))
     kept = {(row["arm"], row["figure"]): row for row in lines}

@@ -1,6 +1,7 @@
 """What the speaking lab's figures can be trusted for, one property a test."""
 import copy
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,21 +199,19 @@ def test_log_probabilities_are_those_of_the_loss_and_of_greedy_speech(spoken):
 def test_edits_are_followed_and_random_ones_are_not(spoken):
     run, questions = spoken, spoken.questions
     thoughts = lab.think(run, questions)
-    said, _ = grounding.answers_of(run, thoughts)
     nearest = torch.cdist(thoughts.latent, run.concepts).argmin(1)
     rival = grounding.rivals_of(questions, nearest)
     assert (rival != nearest).all() and (rival != questions.answer_of).all()
-    found = grounding.editing(run, questions, thoughts, said, nearest)
+    found = grounding.editing(run, questions, thoughts, nearest)
     assert found["follow_replace_DEC"] > 0.9 and found["follow_shift_100_DEC"] > 0.5
     assert found["follow_random_DEC"] < 0.3
 
 
 def test_speech_depends_on_its_memory(spoken):
     found = grounding.replaced(spoken, spoken.questions)
-    assert found["em_DEC_memory_real"] > 0.9 and found["dnll_DEC_memory_real"] == 0
+    assert found["em_DEC_memory_real"] > 0.9
     for name in ("zero", "mean", "shuffled", "random"):
         assert found[f"em_DEC_memory_{name}"] < 0.5
-        assert found[f"dnll_DEC_memory_{name}"] > 0.5
 
 
 def test_the_other_question_is_of_the_same_relation():
@@ -289,9 +288,8 @@ def test_every_column_of_the_tables_is_measured(tmp_path, capsys):
     kept = Flags(fast=True, out=str(tmp_path), seeds=0)
     rows = {row["arm"]: row for row in run_arms("speaking", lab.ARMS, kept)}
     assert set(rows) == {lab.SHARED, *names}
-    for arms, columns in lab.TABLES.values():
-        if "annealed" in arms:
-            missing = set(columns.values()) - set(rows["annealed"])
-            assert all(name.endswith("_encoder") for name in missing)
-    missing = set(lab.TRUSTED.values()) - set(rows["GPT taught I don't know"])
-    assert missing == {"auroc_latent"}              # a GPT has no latent
+    for part in json.loads(Path("labs/pages/tables.json").read_text())["speaking"].values():
+        assert set(part["arms"]) <= set(lab.ARMS)
+        for arm in set(part["arms"]) & set(rows):
+            # a GPT has no latent
+            assert set(part["columns"].values()) - set(rows[arm]) <= {"auroc_latent"}
