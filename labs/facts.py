@@ -23,6 +23,7 @@ import dataclasses
 import json
 import random
 import shutil
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -329,6 +330,11 @@ FIRST = {                   # of the first page: title -> (arms, columns)
     "Exact match of greedy speech": (FRONT | SAID, EM),
     "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER),
 }
+def quietly(measure, cfg):
+    """`measure` without its output: after a few steps figures mean nothing."""
+    with redirect_stdout(None):
+        return measure(cfg)
+
 def run_lab(lab, arms, flags, measure, fast):
     """Run arms, those that others start from first -> `results`; None with --fast.
 
@@ -339,7 +345,8 @@ def run_lab(lab, arms, flags, measure, fast):
         flags = dataclasses.replace(flags, seeds=1, redo=True)
         wanted = [name for name in wanted if flags.arms or name in fast]
         arms = {name: dataclasses.replace(in_short(cfg), every=40) for name, cfg in arms.items()}
-        print(f"{lab} --fast: {len(wanted)} arms or more, about a minute")
+        measure = partial(quietly, measure)
+        print(f"{lab} --fast: about a minute; {len(wanted)} arms, and those that they start from")
     needed = [name for arm in wanted for name in (arms[arm].start, arms[arm].teacher)]
     first = [name for name in arms if name in needed]
     rest = [name for name in wanted if name not in first]
