@@ -838,6 +838,19 @@ def open_corpus(cfg, checkpoint):
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     return data.load(cfg, tokenizer)
 
+def check_cloze(cfg, corpus):
+    """ValueError if a statement of the cloze that ends phase 1 is longer than a row."""
+    encode = corpus.tokenizer.encode
+    values = corpus.values.get("capital", [])
+    longest = max((len(encode(" " + value)) for value in values), default=0)
+    for item in corpus.cloze:
+        if item.relation == "capital":
+            before, after = item.statement.split("{a}")
+            n = len(encode(" " + before.rstrip())) + longest + len(encode(after))
+            if n > cfg.block_size:
+                raise ValueError(f"--block_size={cfg.block_size}: '{item.statement}' has up to "
+                                 f"{n} tokens: raise it, or raise --vocab_size")
+
 def content_of(rows):
     """A fingerprint of questions, or of a tensor: equal if their content is equal."""
     content = rows.cpu().numpy().tobytes() if torch.is_tensor(rows) else json.dumps(rows).encode()
@@ -909,6 +922,8 @@ def open_run(cfg, corpus, model):
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has "
                          "read: take another --out")
+    if "pretrain" in left:
+        check_cloze(cfg, corpus)
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = concepts = None
     if phases != ("pretrain",):

@@ -249,7 +249,8 @@ def read_vectors(path, answers):
     if names.ndim != 1 or names.dtype.kind != "U":
         raise ValueError(f"{where}: `answers` must be strings in one row, not {names.dtype} "
                          f"{names.shape}")
-    if vectors.ndim != 2 or len(names) != len(vectors) or vectors.dtype.kind not in "fiu":
+    numbers = vectors.ndim == 2 and vectors.shape[1] > 0 and vectors.dtype.kind in "fiu"
+    if not numbers or len(names) != len(vectors):
         raise ValueError(f"{where}: `vectors` must be {len(names)} rows of numbers of one width, "
                          f"not {vectors.dtype} {vectors.shape}")
     # a number that float32 cannot hold becomes infinite, and is then refused

@@ -2,6 +2,7 @@
 400 command lines and files that people or programs may give: each succeeds or is refused cleanly.
 
     python -m tests.cases               400 cases, about 10 minutes; seed 0
+    python -m tests.cases --part=0/2    every second case: two parts may run at once
     python -m tests.cases --only=qa     the cases whose name contains a word
 
 A case must end within 10 seconds: with exit code 0; with 2 and one line on stderr that begins with
@@ -492,9 +493,11 @@ def main():
     """Run the cases; print those that are wrong, and how many ended how."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--only", default="")
+    parser.add_argument("--part", default="0/1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
     rng = random.Random(given.seed)
     count = dict(accepted=0, refused=0, stopped=0, failed=0, shell=0)
     wrongs = 0
@@ -506,7 +509,7 @@ def main():
         for run in RUNS:
             shutil.copytree(folder / run, originals / run)
         before = contents(folder)
-        for case in cases:
+        for case in cases[part::parts]:
             if given.only not in case.name:
                 continue
             kind, wrong = judge(case, folder, base, originals, before)
@@ -516,7 +519,7 @@ def main():
                 print(f"{case.program} {case.name[:150]!r}: {kind} {wrong}", flush=True)
                 if given.verbose:
                     print("    ", (folder / "stderr.txt").read_text(errors="replace")[-200:])
-        for line in SHELL:
+        for line in list(SHELL)[part::parts]:
             if given.only not in f"shell {line}":
                 continue
             wrong = judge_shell(line, folder, base)

@@ -147,7 +147,7 @@ def test_an_answer_must_fit_the_encoder_too(world, base, refused, tmp_path):
         data.Questions([row], data.load(world.cfg).tokenizer, 32, 300, "cpu")
 
 
-@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged"])
+@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged", "no width"])
 def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
     """A teacher's file that lacks an answer, holds no numbers, or has another number of rows."""
     answers, vectors = COLOURS, np.ones((len(COLOURS), 4))
@@ -159,11 +159,20 @@ def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
         words = COLOURS[2]
     elif fault == "rows":
         vectors, words = vectors[1:], "rows"
+    elif fault == "no width":
+        vectors = vectors[:, :0]
     else:
         vectors = np.empty(len(COLOURS), dtype=object)
     np.savez(tmp_path / "bad.npz", answers=answers, vectors=vectors)
     assert words in refused(*base, f"--teacher={tmp_path / 'bad.npz'}",
                             f"--out={tmp_path / 'run'}")
+
+
+def test_rows_too_short_for_the_cloze_are_refused_before_phase_1(base, refused, tmp_path):
+    """The cloze is measured at the end: after hours, if nothing is said before."""
+    said = refused(*base, "--data=facts", "--qa=", "--vocab_size=300", "--phase=pretrain",
+                   f"--out={tmp_path / 'run'}")
+    assert "--block_size=32" in said and not (tmp_path / "run").exists()
 
 
 def test_gpt2_without_internet_says_which_file_to_put_where(base, refused, tmp_path, monkeypatch):
