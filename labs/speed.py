@@ -289,7 +289,7 @@ def text_of(rows):
 def speed(flags):
     """Measure everything, then print the table."""
     arms.folder_of("speed", flags)      # refuses --fast with --table
-    print("10 seconds on one core" if flags.fast else "15 minutes on 2 cores")
+    print(f"labs.speed: {'10 seconds on one core' if flags.fast else '15 minutes on 2 cores'}")
     if flags.nanogpt and not Path(flags.nanogpt, "model.py").is_file():
         raise ValueError(f"--nanogpt={flags.nanogpt} is no checkout of nanoGPT: it has no model.py")
     lab = Lab(flags)
