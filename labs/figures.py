@@ -1,0 +1,180 @@
+"""
+The pictures and generated blocks of README.md, each from a run, a results file or a notebook.
+
+    python -m labs.figures --diagram            assets/phases.svg: the three phases
+    python -m labs.figures --movie              assets/latents.gif and health.*: two short runs of
+                                                phase 1, one of which collapses; about 5 minutes
+    python -m labs.figures --table              the table of README.md and assets/facts.png
+    python -m labs.figures --thumbnails         assets/notebook_*.png, from the notebooks' outputs
+    python -m labs.figures --transcript=LOG     what train.py printed, from a file that has it
+    python -m labs.figures --samples=out/tjepa  what sample.py answers about a run
+"""
+import base64
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+import train
+from labs import movie
+from labs.arms import Flags as LabFlags
+from labs.arms import main as command_line
+from labs.diagram import diagram
+from labs.records import REPOSITORY, results
+from labs.tables import cell, markdown, over_seeds
+
+ASSETS = REPOSITORY / "assets"
+README = REPOSITORY / "README.md"
+# a palette that colour-blind readers can tell apart (Okabe and Ito)
+BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00"
+
+
+@dataclasses.dataclass
+class Flags:
+    """What to draw."""
+    diagram: bool = False       # the three phases
+    movie: bool = False         # two runs of phase 1: their latents, and their numbers
+    table: bool = False         # exact match of five systems, as a table and as bars
+    thumbnails: bool = False    # one picture of each notebook
+    transcript: str = ""        # a file with the output of train.py
+    samples: str = ""           # the folder of a run, to be asked
+    out: str = "out/figures"    # what --movie recorded; remove the folder to train again
+
+
+def write_block(name, body):
+    """Put a text between <!-- name --> and <!-- /name --> in README.md."""
+    block = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    text = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
+    page, n = block.subn(lambda _: text, README.read_text(encoding="utf-8"))
+    if n != 1:
+        raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} --> once")
+    README.write_text(page, encoding="utf-8")
+
+
+# -- the result: exact match of five systems -------------------------------------------------------
+# arm of labs/results/facts.csv -> its name and colour in README.md
+SYSTEMS = {
+    "default": ("default: latents and tokens", BLUE),
+    "recipe=latent": ("latents alone", RED),
+    "default from random-init encoder": ("default, encoder untrained", ORANGE),
+    "masked LM": ("masked LM instead of phase 1", GREEN),
+    "GPT": ("GPT of the encoder's size", PURPLE),
+}
+COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}
+FLOOR = "commonest DEC answer"
+
+
+def draw_bars(rows):
+    """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
+    figure = Canvas((9, 4), layout="constrained")
+    axis = figure.subplots()
+    width = 0.16
+    for number, (arm, (name, colour)) in enumerate(SYSTEMS.items()):
+        found = [over_seeds(rows, arm, figure_name) for figure_name in COLUMNS.values()]
+        places = [group + (number - 2) * width for group in range(len(COLUMNS))]
+        means = [one.mean for one in found]
+        axis.bar(places, means, width * 0.9, color=colour, label=name)
+        axis.errorbar(places, means, yerr=[one.deviation for one in found], fmt="none",
+                      ecolor="0.15", capsize=3, lw=1.2)
+        for place, one in zip(places, found):
+            top = one.mean + one.deviation + 0.02
+            axis.text(place, top, f"{one.mean:.2f}".removeprefix("0"), ha="center", fontsize=9)
+    for group, figure_name in enumerate(COLUMNS.values()):
+        floor = over_seeds(rows, FLOOR, figure_name).mean
+        label = "the relation's commonest DEC answer" if group == 0 else None
+        axis.plot([group - 0.42, group + 0.42], [floor, floor], color="0.2", ls="--", lw=1,
+                  label=label)
+    axis.set_xticks(range(len(COLUMNS)), ["DEC: taught with words", "LAT: taught as latents only",
+                                          "TXT: only read"])
+    axis.set(ylim=(0, 1.12), ylabel="exact match, share of questions")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(ASSETS / "facts.png", dpi=110, metadata={"Software": None})
+
+
+def write_table(rows):
+    """The table of README.md, from the same rows."""
+    lines = [["system, 3 seeds", *COLUMNS]]
+    for arm, (name, _) in SYSTEMS.items():
+        lines.append([name, *(cell(over_seeds(rows, arm, column)) for column in COLUMNS.values())])
+    used = [row for row in rows if row["arm"] in SYSTEMS]
+    commits = sorted({name for row in used for name in row["commit"].split()})
+    devices = sorted({name for row in used for name in row["device"].split(", ")})
+    source = (f"<sub>Written by `python -m labs.figures --table` from "
+              f"[facts.csv](labs/results/facts.csv); measured at {', '.join(commits)} on "
+              f"{' and '.join(devices)}.</sub>")
+    write_block("results", f"{markdown(lines)}\n\n{source}")
+
+
+# -- transcripts and thumbnails --------------------------------------------------------------------
+ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",
+         '--inspect="The capital of France is [Paris]."',
+         '--prompt="What is the capital of Trasbonia?"')
+
+SIZE = 420, 200        # pixels of a thumbnail
+
+
+def write_transcript(path):
+    """The last lines of train.py's output, with the default folder in place of the run's own."""
+    lines = re.split(r"[\r\n]+", Path(path).read_text(encoding="utf-8").strip())
+    first = next(i for i, line in enumerate(lines) if line.startswith("pretrain: R2"))
+    text = "\n".join(lines[first:])
+    folder = re.search(r"--out=(\S+)$", text)[1]
+    write_block("transcript", f"```\n{text.replace(folder, train.Config.out)}\n```")
+
+
+def write_samples(folder):
+    """What sample.py answers; its first line, which names the device, is left out."""
+    parts = []
+    for asked in ASKED:
+        command = [sys.executable, "sample.py", f"--out={folder}", asked.replace('"', "")]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        said = done.stdout.split("\n", 1)[1].rstrip()
+        parts.append(f"$ python sample.py {asked}\n{said}")
+    write_block("samples", "```\n" + "\n\n".join(parts) + "\n```")
+
+
+def draw_thumbnails():
+    """assets/notebook_N.png: the largest picture among the outputs of each notebook, made small."""
+    for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        outputs = [output.get("data", {}) for one in cells for output in one.get("outputs", [])]
+        images = ["".join(found["image/png"]) for found in outputs if "image/png" in found]
+        picture = Image.open(io.BytesIO(base64.b64decode(max(images, key=len)))).convert("RGB")
+        picture.thumbnail(SIZE)
+        framed = Image.new("RGB", SIZE, "white")
+        framed.paste(picture, ((SIZE[0] - picture.width) // 2, (SIZE[1] - picture.height) // 2))
+        framed.save(ASSETS / f"notebook_{path.stem.split('_')[0]}.png", optimize=True)
+
+
+def figures(flags):
+    """Draw what the flags ask for."""
+    if not any(vars(flags)[field.name] for field in dataclasses.fields(flags)[:-1]):
+        raise ValueError("give one of --diagram, --movie, --table, --thumbnails, --transcript=LOG, "
+                         "--samples=FOLDER")
+    if flags.diagram:
+        (ASSETS / "phases.svg").write_text(diagram(), encoding="utf-8")
+    if flags.movie:
+        runs = {name: movie.recorded(name, Path(flags.out)) for name in movie.RUNS}
+        movie.draw_movie(runs, ASSETS)
+        movie.draw_health(runs, ASSETS)
+    if flags.table:
+        rows = results("facts", LabFlags())
+        draw_bars(rows)
+        write_table(rows)
+    if flags.thumbnails:
+        draw_thumbnails()
+    if flags.transcript:
+        write_transcript(flags.transcript)
+    if flags.samples:
+        write_samples(flags.samples)
+
+
+if __name__ == "__main__":
+    command_line(figures, Flags)
