@@ -379,6 +379,9 @@ def locked(out):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
+        for _ in range(20):             # the holder writes its number right after it has locked
+            if not owner.exists():
+                time.sleep(0.05)
         pid = owner.read_text().strip() if owner.exists() else "unknown"
         raise ValueError(f"--out={out} is in use by process {pid}: wait for its end, or take "
                          "another --out") from None
@@ -386,6 +389,13 @@ def locked(out):
         yield
     finally:
         lock.release()
+
+def own(out, stack):
+    """Hold the folder until the stack is left; lock.pid says for so long who does."""
+    stack.enter_context(locked(out))
+    owner = Path(out) / "lock.pid"
+    stack.callback(owner.unlink, missing_ok=True)
+    owner.write_text(str(os.getpid()))
 
 class Run(NamedTuple):
     """What a phase works with."""
@@ -401,6 +411,16 @@ class Run(NamedTuple):
     def autocast(self):
         """bf16 where --dtype says so."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
+
+    def in_parts(self, draw):
+        """Endless parts of batches: each batch, draw() -> tuple of tensors, is split by --accum.
+
+        The mean gradient of the parts is that of the batch, up to rounding, where the loss is a
+        mean over rows. SIGReg and InfoNCE compare the rows of a part with each other, and the
+        masked LM averages over the removed tokens of a part: they depend on its size.
+        """
+        while True:
+            yield from zip(*(tensor.chunk(self.cfg.accum) for tensor in draw()))
 
 def sizes_of(weights):
     """Name -> size and type of number of each weight."""
@@ -622,17 +642,18 @@ def pretrain(run):
     loss_of = torch.compile(model.pretrain_loss) if cfg.compile else model.pretrain_loss
     has_capitals = "capital" in run.corpus.values
 
+    def draw():
+        """Random rows (B, T), and for each of them --masks ways to remove spans, (B, masks, T)."""
+        tokens = run.corpus.train.batch(cfg.batch_size).to(run.device, non_blocking=True)
+        masks = [tjepa.sample_spans(tokens, model.word_start, model.cfg) for _ in range(cfg.masks)]
+        return tokens, torch.stack(masks, dim=1)
+    parts = run.in_parts(draw)
+
     def loss_at(progress):
         """Loss of random rows, mean over their masks."""
-        tokens = run.corpus.train.batch(cfg.batch_size // cfg.accum)
-        tokens = tokens.to(run.device, non_blocking=True)
-        losses, all_stats = [], []
-        for _ in range(cfg.masks):
-            span_ids = tjepa.sample_spans(tokens, model.word_start, model.cfg)
-            loss, stats = loss_of(tokens, span_ids)
-            losses.append(loss)
-            all_stats.append(stats)
-        means = {name: sum(stats[name] for stats in all_stats) / cfg.masks for name in stats}
+        tokens, masks = next(parts)
+        losses, all_stats = zip(*(loss_of(tokens, span_ids) for span_ids in masks.unbind(1)))
+        means = {name: sum(stats[name] for stats in all_stats) / cfg.masks for name in all_stats[0]}
         return sum(losses) / cfg.masks, means | dict(tau=cfg.ema_decay)
 
     def measure(whole):
@@ -650,11 +671,12 @@ def distill(run):
     questions, concepts = run.questions, run.concepts
     taught = questions.where("DEC", "LAT", phrasing="trained")
     answer_latents = concepts[questions.answer_of[taught]]              # (n, D)
-    draw = questions.drawing(taught, run.cfg.qa_batch_size // run.cfg.accum)
+    draw = questions.drawing(taught, run.cfg.qa_batch_size)
+    parts = run.in_parts(draw)
 
     def loss_at(progress):
         """Loss of random questions."""
-        which, tokens = draw()
+        which, tokens = next(parts)
         return run.model.distill_loss(tokens, answer_latents[which])
     return loss_at, lambda whole: recall(run, whole)
 
@@ -696,13 +718,18 @@ def make_lessons(run):
     return Lessons(texts, thoughts._replace(latent=latent), answers, latents, len(asked))
 
 def draw_lessons(run, lessons):
-    """Random rows of a step, (qa_batch_size / accum,): questions, and a share --echo of echoes."""
+    """Random rows of a step, (qa_batch_size,): questions, and a share --echo of echoes.
+
+    They are drawn group by group, so that each part of a split batch has both kinds.
+    """
     n = run.cfg.qa_batch_size // run.cfg.accum
     n_echo = round(n * run.cfg.echo)
     n_echoes = len(lessons.texts) - lessons.n_questions
-    questions = torch.randint(lessons.n_questions, (n - n_echo,))
-    echoes = lessons.n_questions + torch.randint(n_echoes, (n_echo,))
-    return torch.cat((questions, echoes)).to(run.device, non_blocking=True)
+    rows = []
+    for _ in range(run.cfg.accum):
+        rows.append(torch.randint(lessons.n_questions, (n - n_echo,)))
+        rows.append(lessons.n_questions + torch.randint(n_echoes, (n_echo,)))
+    return torch.cat(rows).to(run.device, non_blocking=True)
 
 def speak(run):
     """Phase 3: the decoder learns to say thoughts."""
@@ -710,10 +737,11 @@ def speak(run):
     held_out = run.questions.only("heldout")
     thoughts_of_all = evaluate.think_all(run, run.questions.tokens)
     thoughts_of_held_out = evaluate.think_all(run, held_out.tokens)
+    parts = run.in_parts(lambda: (draw_lessons(run, lessons),))
 
     def loss_at(progress):
         """Loss of random lessons; the weight of the latent loss falls to 0 by a cosine."""
-        rows = draw_lessons(run, lessons)
+        rows, = next(parts)
         alpha = run.cfg.alpha_start * 0.5 * (1 + math.cos(math.pi * progress))
         loss, stats = run.model.speak_loss(
             lessons.thoughts.rows(rows), lessons.answers[rows], lessons.latents[rows], alpha)
@@ -1013,12 +1041,11 @@ def run(cfg, corpus=None, model=tjepa.TJEPA):
     with contextlib.ExitStack() as stack:
         held = (out / "lock").exists()
         if held:                        # refuse at once while another process trains here
-            stack.enter_context(locked(out))
+            own(out, stack)
         opened = open_run(cfg, corpus, model)
         if not held:                    # a refused command must not create the folder
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
-        (out / "lock.pid").write_text(str(os.getpid()))
+            own(out, stack)
         return train_phases(opened)
 
 def next_command(cfg):

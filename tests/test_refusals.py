@@ -309,6 +309,20 @@ def test_two_processes_cannot_train_in_one_folder(world, copy, refused):
         assert "in use by process 4711" in refused("--resume", f"--out={copy}")
 
 
+def test_the_process_that_holds_a_folder_is_named_from_the_start(copy, refused, monkeypatch):
+    """Also while it still reads its data, and where a killed process left its number."""
+    (copy / "lock.pid").write_text("4711")
+    real, said = train.open_run, []
+
+    def ask_meanwhile(*args):
+        said.append(refused("--resume", f"--out={copy}"))
+        return real(*args)
+    monkeypatch.setattr(train, "open_run", ask_meanwhile)
+    train.run(train.resolve(dict(resume=True, out=str(copy))))
+    assert f"in use by process {os.getpid()}:" in said[0]
+    assert not (copy / "lock.pid").exists()
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 class Evil:
     """Unpickled without care, it runs a command."""
