@@ -5,7 +5,7 @@
     python -m tests.cases --part=0/2    every second case: two parts may run at once
     python -m tests.cases --only=qa     the cases whose name contains a word
 
-A case must end within 10 seconds: with exit code 0; with 2 and one line on stderr that begins with
+A case must end within 10 seconds of a processor: with exit code 0; with 2 and one line on stderr that begins with
 `PROG: error:`; or with 130 after Ctrl-C. No traceback, no other exit code, no control characters.
 A refused command leaves every file of the run as it was, byte by byte, and creates no folder.
 If training itself failed (its loss was no longer a number), the old checkpoint must still be there.
@@ -377,7 +377,7 @@ def judge(case, folder, base, originals, before):
     if case.ctrl_c is not None:
         time.sleep(case.ctrl_c + 0.05)          # the handler is set in the first milliseconds
         if process.running():
-            pressed = time.perf_counter()
+            pressed = process.spent()
             os.kill(process.pid, signal.SIGINT)
     ended = process.wait(LIMIT)
     wrong = ""
@@ -401,8 +401,8 @@ def judge(case, folder, base, originals, before):
     elif "Traceback" in ended.err:
         wrong = f"traceback: {ended.err[-300:]}"
     elif kind == "stopped":
-        late = time.perf_counter() - pressed
-        if late > 2.5:
+        late = ended.spent - pressed
+        if late > 2:
             wrong = f"{late:.1f} s after Ctrl-C"
     if after != before:
         for name in RUNS:

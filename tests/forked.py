@@ -26,6 +26,7 @@ class Ended(NamedTuple):
     err: str
     seconds: float
     memory: int                 # the most bytes that it held
+    spent: float                # seconds of a processor that it used
 
 
 class Process:
@@ -73,10 +74,28 @@ class Process:
         if self.running():
             os.kill(self.pid, signal.SIGKILL)
 
+    def spent(self):
+        """Seconds of a processor that it has used so far."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait(self, limit=120):
-        """`Ended`. A process that takes more than limit seconds is hung, and killed."""
-        while self.running() and time.perf_counter() - self.begun < limit:
-            time.sleep(0.002)
+        """`Ended`. A process that takes more than limit seconds is hung, and killed.
+
+        Seconds of a processor count, so that other work on the machine does not matter; or twice
+        as many in which it does nothing, or ten times as many in all.
+        """
+        spent, idle_since = 0, self.begun
+        hung = False
+        while self.running() and not hung:
+            time.sleep(0.005)
+            now = time.perf_counter()
+            if self.spent() > spent + 0.01:
+                spent, idle_since = self.spent(), now
+            hung = spent > limit or now - idle_since > 2 * limit or now - self.begun > 10 * limit
         seconds = time.perf_counter() - self.begun
         hung = self.running()
         self.kill()
@@ -85,7 +104,8 @@ class Process:
         code = None if hung else self.code
         texts = [path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
                  for path in (self.out, self.err)]
-        return Ended(code, *texts, seconds, self.usage.ru_maxrss * 1024)
+        spent = self.usage.ru_utime + self.usage.ru_stime
+        return Ended(code, *texts, seconds, self.usage.ru_maxrss * 1024, spent)
 
 
 def call(main, argv):
