@@ -1,44 +1,43 @@
 """
-The positive control: where theory says that predicting latents must win, does ours?
+Does latent prediction win where theory says that it must? Sentences of a random grammar.
 
-    python -m labs.hierarchy                        49 arms a seed, 1,500 steps: two to five minutes of a core each
-    python -m labs.hierarchy --fast                 does it run?
+    python -m labs.hierarchy            49 arms a seed, two to five minutes of a core each
+    python -m labs.hierarchy --fast     half a minute on one core: does it run?
 
-The Random Hierarchy Model is a random grammar. A symbol has m rules, each rule is a pair of symbols of the level
-below; from the root, L levels down, a sentence has 2^L tokens. No pair belongs to two rules, so a sentence has one
-parse. The pairs of one symbol are synonyms: only their surroundings show that they mean the same. Theory (Korchinski,
-Favero, Wyart 2026): a symbol l levels above the tokens is found by predicting tokens from about v m^(l+2) sentences (v
-symbols a level), because it has to be told by tokens, l levels below; one's own latents stand on its own level, and
-about v m^3 are enough at any l. The root has no surroundings and can't be found without labels: level L-1 is the
-highest that is judged. m must be below v: if every pair is a rule, sentences are uniform noise. A grammar of depth 2
-has no more than v m^3 sentences, and half of them are kept to probe with: there P* may be out of reach.
+In the Random Hierarchy Model each symbol has m rules, and each rule is a pair of symbols of the
+level below. From the root, L levels down, a sentence has 2^L tokens:
 
-Expected before the first run: for the masked LM P*, the sentences it takes, grows by m a level; for latent prediction
-it stays the same.
+    level 2 (root)      a
+    level 1             b       c           rules of a: (b c), (c d), ...
+    level 0 (tokens)    e   f   g   e       rules of b: (e f), (g h), ...
 
-P* is where the probe of a level, on sentences that phase 1 has not seen, passes half the way from the random-init
-encoder to 1: on a line in log P between the tried P on its two sides. This was fixed before the grid was run. A level
-that is not found within the P tried has no P*, and no part in a slope: look at the table beside it. All arms of a seed
-share the grammar, the sentences (those of a small P are among those of a larger), model size, batch, masks, the
-learning rate (not tuned an arm) and the number of optimizer steps; so the epochs differ with P. What is not train.py's
-default, in any arm: `BASE`. Width 64; latents alone, where the name does not say masked LM; spans of one or two tokens,
-and a target a token, because a span would mix symbols; learned positions, because rotary ones know distances only and
-leave it to the encoder to find out where a pair begins (the masked LM learned more slowly so in prototypes). The
-predictor's are rotary even so; the arm without a predictor has learned ones alone.
+No pair belongs to two rules, so a sentence has one parse. The pairs of a symbol are synonyms; only
+their context shows it. Theory (Korchinski, Favero, Wyart 2026), for v symbols a level: a symbol of
+level l is found by predicting tokens from about v m^(l+2) sentences, because it is told by tokens l
+levels below; by predicting latents from about v m^3 at any level. The root has no context, so level
+L-1 is the highest that is judged. m must be below v, or sentences are uniform noise.
 
-What was tried to see the theory hold, seed 9, L = 4, P = 2048, 6,000 steps, probes of levels 2 and 3 (theory: 432
-sentences for latents, 1296 and 3888 for tokens). Masked LM .879 .418; at a third of the rate .726 .346, spans of 4
-.785 .377. Latents: as here .438 .295; sigreg .1 .662 .333, and .02 .671 .329; .1 and a predictor as wide as the encoder
-.759 .359; .1 and a fifth of the tokens masked .778 .337; .1 without predictor .390 .251, at a third of the rate .333
-.222, spans of 4 .384 .204, the last layer alone .295 .188; InfoNCE .467 .279; as data2vec .410 .224, at a third of the
-rate .383 .248, a half-life of 500 steps .398 .244. At P = 512: masked LM .524 .277, sigreg .1 .326 .217, data2vec .339
-.213. Batches of 32, not 128 (sigreg .1, a fifth masked): nothing is learned, .220 .184. At L = 3, levels 1 and 2: so in
-batches of 128 .817 .556. With none of these does theory hold here.
+Expected before the first run: P*, the number of sentences needed, grows m-fold a level for the
+masked LM, and stays the same for latent prediction.
+
+P* is where the probe of a level, on new sentences, is half-way between the random-init encoder and
+1, on a line in log P between the nearest P tried. This was fixed before the first run. A level that
+is not found has no P*. Arms of a seed share the grammar, the sentences (nested in P), model size,
+batch, masks, learning rate and steps, so epochs differ with P. `BASE` has what differs from
+train.py: one target per token, as a span mixes symbols; learned positions, because the masked LM
+learned more slowly with rotary ones in prototypes (the predictor keeps those).
+
+Also tried, seed 9, L = 4, P = 2048, 6,000 steps, probes of levels 2 and 3: masked LM .879 .418, a
+third of the rate .726 .346, spans of 4 .785 .377. Latents as here .438 .295; sigreg .1 .662 .333,
+.02 .671 .329; .1 with a predictor as wide as the encoder .759 .359, with a fifth of the tokens
+masked .778 .337, without predictor .390 .251 (a third of the rate .333 .222), spans of 4 .384 .204,
+the last layer alone .295 .188; InfoNCE .467 .279; data2vec .410 .224 (a third of the rate .383
+.248, a half-life of 500 .398 .244). Batches of 32 (sigreg .1, a fifth masked): .220 .184. The
+theory holds with none of these.
 """
 import dataclasses
 import math
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -47,114 +46,140 @@ import torch
 import evaluate
 import tjepa
 import train
-from labs.arms import Flags, main, run_arms
+from labs.arms import Flags, chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM
 from labs.measures import logistic_probe
-from labs.tables import by_seed, cell as cell_of, markdown, over_seeds, publish, table
+from labs.runs import Arm, fit, model_of
+from labs.tables import Figure, by_seed, figure_of, publish, tables
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
 
-
 @dataclasses.dataclass
-class Config(train.Config):
-    """An arm: the grammar's shape, and how many sentences of it there are to learn from."""
+class Config(Arm):
+    """An arm: the shape of the grammar, and the number of sentences to learn from."""
     depth: int = 3              # L, levels above the tokens: a sentence has 2^L
     symbols: int = 16           # v, symbols of a level, and so the vocabulary
     rules: int = 3              # m, rules of a symbol
     sentences: int = 1024       # P, distinct sentences to learn from
     block_size: int = 8         # 2^L
-    nodes: int = 4096           # labelled nodes for the probe of each level, three fifths of them to fit it
-    objective: str = "latent"   # what the tables call this arm
+    nodes: int = 4096           # labelled nodes for the probe of each level
+    objective: str = "latent"   # name of this arm in the tables
 
     def __post_init__(self):
         super().__post_init__()
-        tjepa.check(self, (("depth", lambda v: v >= 2, "2 or more: one level has no surroundings"),
-                           ("rules", lambda v: 1 < v < self.symbols, f"2 or more, and below --symbols={self.symbols}"),
-                           ("block_size", lambda v: v == 2 ** self.depth, f"2 ** --depth = {2 ** self.depth}"),
-                           ("sentences", lambda v: v >= 1, "1 or more"), ("nodes", lambda v: v >= 64, "64 or more")))
+        rules = f"2 or more, and below --symbols={self.symbols}"
+        size = 2 ** self.depth
+        tjepa.check(self, (
+            ("depth", lambda v: v >= 2, "2 or more: one level has no context"),
+            ("rules", lambda v: 1 < v < self.symbols, rules),
+            ("block_size", lambda v: v == size, f"2 ** --depth = {size}"),
+            ("sentences", lambda v: v >= 1, "1 or more"),
+            ("nodes", lambda v: v >= 64, "64 or more"),
+        ))
 
 FLOOR = "random-init encoder"
-BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, positions="learned", target="token", max_span=2, dtype="fp32",
-              batch_size=128, pretrain_steps=1500, pretrain_lr=3e-3)
+BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, variant="LearnedPositions", target="token",
+              max_span=2, dtype="fp32", batch_size=128, pretrain_steps=1500, pretrain_lr=3e-3)
 OBJECTIVES = {
-    "masked LM": MASKED_LM,
+    "masked LM": MASKED_LM | dict(variant="LearnedPositionsMaskedLM"),
     "latent": {},
-    "latent without predictor": dict(pred_layer=0),
-    "latent as data2vec": dict(loss="smooth_l1", sigreg=0.0, pred_layer=0),
+    "latent without predictor": dict(variant="LearnedPositionsNoPredictor"),
+    "latent as data2vec": dict(variant="Data2Vec", sigreg=0.0),
     "latent last layer": dict(top_k=1),
     "latent sigreg 0.1": dict(sigreg=0.1),
     "latent InfoNCE": dict(loss="infonce", sigreg=0.0),
     "latent + masked LM": dict(mlm=0.5),
 }
-MAIN = list(OBJECTIVES)[:3]                 # tried at every depth and P
-VARIANTS_AT = (512, 8192)                   # the others at these P of the deepest grammar only
-SIZES = {2: (54, 216), 3: (128, 512, 2048, 8192), 4: (32, 128, 512, 2048, 8192, 32768)}     # the P of each depth
+MAIN = list(OBJECTIVES)[:3]     # tried at every depth and P
+VARIANTS_AT = (512, 8192)       # the others at these P of the deepest grammar only
+SIZES = {                       # the P of each depth
+    2: (54, 216),
+    3: (128, 512, 2048, 8192),
+    4: (32, 128, 512, 2048, 8192, 32768),
+}
+DEEPEST = max(SIZES)
 
-# -- the grammar -------------------------------------------------------------------------------------------------------
+# -- the grammar -----------------------------------------------------------------------------------
+
 class Grammar:
-    """rules: for each level from the root down, (v, m, 2): the pairs of the level below that a symbol may become."""
+    """rules: for each level from the root down, (v, m, 2): the pairs that a symbol may become."""
+
     def __init__(self, cfg):
         generator = torch.Generator().manual_seed(cfg.seed)
         v, m = cfg.symbols, cfg.rules
         self.rules = []
         for _ in range(cfg.depth):
-            pairs = torch.randperm(v * v, generator=generator)[:v * m]                  # no pair twice: one parse
+            pairs = torch.randperm(v * v, generator=generator)[:v * m]  # no pair twice: one parse
             self.rules.append(torch.stack((pairs // v, pairs % v), 1).view(v, m, 2))
 
     def draw(self, n, generator):
-        """n sentences, (n, 2^L): a root, then a rule for each symbol, all drawn evenly."""
-        symbols = torch.randint(len(self.rules[0]), (n, 1), generator=generator)        # (n, 1)
+        """n sentences, (n, 2^L): a root, then a rule for each symbol, all drawn uniformly."""
+        symbols = torch.randint(len(self.rules[0]), (n, 1), generator=generator)
         for rules in self.rules:
-            which = torch.randint(rules.size(1), symbols.shape, generator=generator)    # (n, nodes)
-            symbols = rules[symbols, which].flatten(1)                                  # (n, 2 * nodes)
+            which = torch.randint(rules.size(1), symbols.shape, generator=generator)
+            symbols = rules[symbols, which].flatten(1)                  # (n, 2 * nodes)
         return symbols
 
     def parse(self, tokens):
-        """tokens (n, 2^L) -> the symbols of each level, tokens first: (n, 2^L), ..., (n, 2), (n, 1). ValueError: no
-        rule makes one of the pairs."""
+        """tokens (n, 2^L) -> the symbols of each level, tokens first: (n, 2^L), ..., (n, 1).
+
+        ValueError if a pair has no rule.
+        """
         levels = [tokens]
         for rules in reversed(self.rules):
             v, m, _ = rules.shape
-            parent = torch.full((v, v), -1)
-            parent[rules[..., 0], rules[..., 1]] = torch.arange(v)[:, None].expand(v, m)
-            levels.append(parent[levels[-1][:, ::2], levels[-1][:, 1::2]])              # (n, nodes / 2)
-            if (levels[-1] < 0).any():
-                raise ValueError(f"not a sentence of this grammar: a pair of level {len(levels) - 2} has no rule")
+            parent_of = torch.full((v, v), -1)
+            parent_of[rules[..., 0], rules[..., 1]] = torch.arange(v)[:, None].expand(v, m)
+            below = levels[-1]
+            parents = parent_of[below[:, ::2], below[:, 1::2]]          # (n, nodes / 2)
+            if (parents < 0).any():
+                raise ValueError("not a sentence of this grammar: a pair of level "
+                                 f"{len(levels) - 1} has no rule")
+            levels.append(parents)
         return levels
 
 def draw_sentences(grammar, cfg):
-    """(P, 2^L) to learn from, and up to cfg.nodes others, (n, 2^L), to probe with: the same others for every P."""
+    """(P, 2^L) to learn from, and up to cfg.nodes others for the probes, the same for every P."""
     drawn = grammar.draw(DRAWS, torch.Generator().manual_seed(cfg.seed + 1))
-    distinct, kind = drawn.unique(dim=0, return_inverse=True)
-    first = torch.full((len(distinct),), DRAWS).scatter_reduce(0, kind, torch.arange(DRAWS), "amin")
-    drawn = drawn[first.sort().values]                                                  # in the order of drawing
+    distinct, which = drawn.unique(dim=0, return_inverse=True)
+    # keep the first of each, in the order of drawing
+    first = torch.full((len(distinct),), DRAWS)
+    first = first.scatter_reduce(0, which, torch.arange(DRAWS), "amin")
+    drawn = drawn[first.sort().values]
     n_new = min(cfg.nodes, len(drawn) // 2)
-    if cfg.sentences > len(drawn) - n_new:
-        raise ValueError(f"--sentences={cfg.sentences}: a grammar of depth {cfg.depth} has {len(drawn) - n_new} here, "
-                         f"beside the {n_new} to probe with: ask for fewer, or raise --rules or --symbols")
+    n_left = len(drawn) - n_new
+    if cfg.sentences > n_left:
+        raise ValueError(f"--sentences={cfg.sentences}: a grammar of depth {cfg.depth} has "
+                         f"{n_left} here, beside the {n_new} for the probes: ask for fewer, or "
+                         "raise --rules or --symbols")
     return drawn[n_new:n_new + cfg.sentences], drawn[:n_new]
 
 class Sentences(NamedTuple):
-    """A corpus, as far as `train.pretrain` looks at one."""
+    """A text, as far as `train.pretrain` and `evaluate_text` need one."""
     rows: torch.Tensor      # (n, T)
 
     def batch(self, n):
-        """n sentences, drawn anew: (n, T)."""
+        """n random sentences: (n, T)."""
         return self.rows[torch.randint(len(self.rows), (n,))]
 
-# -- an arm ------------------------------------------------------------------------------------------------------------
+# -- an arm ----------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def read_out(run, grammar, tokens):
-    """What a logistic probe reads from the frozen latents of tokens (n, T): level_1 ... level_L, the accuracy for the
-    hidden symbols of a level. A node's features are the mean latent of the tokens below it. A sentence is in one
-    split. Chance is about 1/v."""
-    latents = run.model.encode(tokens.to(run.device)).float().cpu()                     # (n, T, C)
+    """Accuracy of a probe for the hidden symbols of each level of tokens (n, T): level_1, ...
+
+    The features of a node are the mean latent of the tokens below it. All nodes of a sentence are
+    in the same part. Chance is about 1/v.
+    """
+    latents = run.model.encode(tokens.to(run.device)).float().cpu()     # (n, T, C)
     found = {}
     for level, symbols in enumerate(grammar.parse(tokens)[1:], 1):
-        n = min(len(tokens), run.cfg.nodes // symbols.size(1))      # sentences that hold so many nodes
-        nodes = latents[:n].unflatten(1, (-1, 2 ** level)).mean(2)                      # (n, nodes, C)
-        parts = [(x.flatten(0, 1), y.flatten()) for x, y in zip(*(part[:n].tensor_split((n * 3 // 5, n * 4 // 5))
-                                                                  for part in (nodes, symbols)))]
+        # as many sentences as hold cfg.nodes nodes
+        n = min(len(tokens), run.cfg.nodes // symbols.size(1))
+        nodes = latents[:n].unflatten(1, (-1, 2 ** level)).mean(2)      # (n, nodes, C)
+        cuts = (n * 3 // 5, n * 4 // 5)
+        xs, ys = nodes.tensor_split(cuts), symbols[:n].tensor_split(cuts)
+        parts = [(x.flatten(0, 1), y.flatten()) for x, y in zip(xs, ys)]
         with torch.enable_grad():
             found[f"level_{level}"] = logistic_probe(*parts)[0]
     return found
@@ -164,19 +189,24 @@ def measure(cfg):
     grammar = Grammar(cfg)
     known, new = draw_sentences(grammar, cfg)
     device, dtype = train.pick_device(cfg)
-    words = SimpleNamespace(vocab_size=cfg.symbols + 4, word_start=torch.ones(cfg.symbols + 4, dtype=torch.bool))
+    n_ids = cfg.symbols + 4                             # the four special tokens
+    tokenizer = SimpleNamespace(vocab_size=n_ids, word_start=torch.ones(n_ids).bool())
     corpus = SimpleNamespace(train=Sentences(known), val=Sentences(new), values={})
-    run = train.Run(cfg, train.build(cfg, words).to(device), corpus, device, dtype)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    log = evaluate.Log(cfg.out, [])
-    train.fit(run, "pretrain", train.pretrain(run)[0], lambda whole: {}, log, lambda step, optimizer: None)
-    return (log.last() | evaluate.evaluate_text(run) | read_out(run, grammar, new)
-            | dict(objective=cfg.objective, depth=cfg.depth, sentences=cfg.sentences))
+    model = train.build(cfg, tokenizer, model=model_of(cfg)).to(device)
+    run = train.Run(cfg, model, corpus, device, dtype)
+    log = fit(run, "pretrain", train.pretrain(run)[0])
+    figures = log.last() | evaluate.evaluate_text(run) | read_out(run, grammar, new)
+    shape = dict(objective=cfg.objective, depth=cfg.depth, sentences=cfg.sentences)
+    return figures | shape
 
-# -- from probes to P* -------------------------------------------------------------------------------------------------
+# -- from probes to P* -----------------------------------------------------------------------------
+
 def crossing(points, threshold):
-    """points: (P, probe), rising in P -> the P at which the probe first reaches the threshold, on a line in log P. 0 if
-    it lies below the smallest P tried, infinity if above the largest."""
+    """The P at which the probe first reaches the threshold, on a line in log P.
+
+    points: (P, probe), rising in P. 0 if it lies below the smallest P, infinity if above the
+    largest.
+    """
     if points[0][1] >= threshold:
         return 0.0
     for (p, low), (q, high) in zip(points, points[1:]):
@@ -185,165 +215,108 @@ def crossing(points, threshold):
     return math.inf
 
 def samples_needed(rows, objective, depth, level):
-    """P* of a hidden level in grammars of a depth: {seed: P*}, for the seeds that have the random-init encoder too."""
-    name, found = f"level_{level}", {}
-    floors = {row["seed"]: row[name] for row in rows if (row["objective"], row["depth"]) == (FLOOR, depth)}
-    for seed, floor in floors.items():
-        points = sorted((row["sentences"], row[name]) for row in rows
-                        if (row["objective"], row["depth"], row["seed"]) == (objective, depth, seed))
-        if points:
-            found[seed] = crossing(points, (floor + 1) / 2)
-    return found
+    """P* of a level: {seed: P*}, for the seeds of which the random-init encoder was measured."""
+    name = f"level_{level}"
+    points, floors = {}, {}
+    for row in rows:
+        if (row["objective"], row["depth"]) == (FLOOR, depth):
+            floors[row["seed"]] = row[name]
+        if (row["objective"], row["depth"]) == (objective, depth):
+            points.setdefault(row["seed"], []).append((row["sentences"], row[name]))
+    return {seed: crossing(sorted(points[seed]), (floor + 1) / 2)
+            for seed, floor in floors.items() if seed in points}
 
 def slopes(needed):
-    """needed: for each depth {seed: P*} -> for each seed, by how much log P* / log m rises a level (least squares), if
-    P* was found at two depths or more. Theory: 1 for tokens, 0 for latents."""
+    """By how much log P* / log m rises a level, by least squares: one slope for each seed.
+
+    needed: level -> {seed: P*}; a seed needs a P* at two levels. Theory: 1 for tokens, 0 for
+    latents.
+    """
+    points = {}
+    for level, stars in needed.items():
+        for seed, star in sorted(stars.items()):
+            if 0 < star < math.inf:
+                points.setdefault(seed, []).append((level, math.log(star, BASE.rules)))
+    return [statistics.linear_regression(*zip(*at)).slope for at in points.values() if len(at) > 1]
+
+def in_words(stars, tried):
+    """The P* of each seed; where it lies outside of what was tried, the end of that."""
+    words = []
+    for _, star in sorted(stars.items()):
+        if star == 0:
+            words.append(f"< {min(tried)}")
+        elif star == math.inf:
+            words.append(f"> {max(tried)}")
+        else:
+            words.append(f"{star:.0f}")
+    return ", ".join(words)
+
+def summaries(rows):
+    """P* and its slope in measured rows, over seeds: a row an objective, as in an older table."""
+    rows = by_seed(rows)
     found = []
-    for seed in sorted(set().union(*needed.values())):
-        at = [(depth, math.log(stars[seed], BASE.rules)) for depth, stars in needed.items()
-              if 0 < stars.get(seed, 0) < math.inf]
-        if len(at) > 1:
-            found.append(statistics.linear_regression(*zip(*at)).slope)
+    for objective in dict.fromkeys(row["objective"] for row in rows if row["objective"] != FLOOR):
+        summary = dict(arm=objective, seed=None)
+        of_levels = {}                                  # of the deepest grammar
+        for depth in SIZES:
+            tried = [row["sentences"] for row in rows
+                     if (row["objective"], row["depth"]) == (objective, depth)]
+            for level in range(1, depth):
+                stars = samples_needed(rows, objective, depth, level)
+                if stars:
+                    words = Figure(in_words(stars, tried), None, len(stars))
+                    summary[f"needed_L{depth}_level_{level}"] = words
+                if depth == DEEPEST:
+                    of_levels[level] = stars
+        rise = slopes(of_levels)
+        if rise:
+            summary["slope_over_levels"] = figure_of(rise)
+        found.append(summary)
     return found
 
-def cell(stars, tried):
-    """The P* of each seed as one cell; where it lies outside of what was tried, the end of that."""
-    return ", ".join(f"< {min(tried)}" if p == 0 else f"> {max(tried)}" if p == math.inf else f"{p:.0f}"
-                     for _, p in sorted(stars.items())) or "not measured"
+# -- the whole -------------------------------------------------------------------------------------
 
-def older(rows):
-    """The objectives whose P* is known from an older table alone, which has no seeds."""
-    measured = {row["objective"] for row in by_seed(rows)}
-    known = {row["arm"] for row in rows if row["seed"] is None}
-    return [name for name in OBJECTIVES if name in known - measured]
-
-def older_summary(rows, objective, columns):
-    """The line of `summary` of an objective as an older table had it."""
-    stars = [over_seeds(rows, objective, f"needed_L{depth}_level_{level}") for depth, level in columns.values()]
-    depths = {depth for depth, _ in columns.values()}
-    slope = over_seeds(rows, objective, "slope_over_levels" if len(depths) == 1 else "slope_over_depths")
-    return [objective, *map(cell_of, stars), f"{slope.mean:.2f} ± {slope.deviation:.2f}" if slope else "not measured"]
-
-def older_probes(rows, depth):
-    """The table of `probes` from words of an older table, in which a cell has a figure a seed."""
-    lines, name = [["objective", *(f"P = {size}" for size in SIZES[depth])]], f"level_{depth - 1}_by_seed"
-    for objective in (FLOOR, *OBJECTIVES):
-        arms = [f"{objective} L{depth}" + f" P{size}" * (objective != FLOOR) for size in SIZES[depth]]
-        if any(found := [over_seeds(rows, arm, name) for arm in arms]):
-            lines.append([objective, *map(cell_of, found)])
-    return markdown(lines)
-
-def summary(rows, columns):
-    """A table of P*, an objective a row. columns: title -> (depth, level); the slope is over the columns."""
-    lines = [["objective", *columns, "slope of log P* / log m (tokens: 1, latents: 0)"]]
-    lines += [older_summary(rows, objective, columns) for objective in older(rows)]
-    rows = by_seed(rows)
-    for objective in [name for name in OBJECTIVES if any(row["objective"] == name for row in rows)]:
-        needed = {at: samples_needed(rows, objective, *at) for at in columns.values()}
-        tried = {at: [row["sentences"] for row in rows if (row["objective"], row["depth"]) == (objective, at[0])]
-                 for at in needed}
-        rise = slopes({at[1]: stars for at, stars in needed.items()})
-        spread = f" ± {statistics.stdev(rise):.2f}" if len(rise) > 1 else " (1 seed)"
-        lines.append([objective, *(cell(stars, tried[at]) for at, stars in needed.items()),
-                      f"{statistics.mean(rise):.2f}{spread}" if rise else "not measured"])
-    return markdown(lines)
-
-def probes(rows, depth):
-    """A table of the probe of the highest level that has surroundings, an objective a row and a P a column."""
-    here = [row for row in by_seed(rows) if row["depth"] == depth]
-    if not here:
-        return older_probes(rows, depth)
-    sizes = sorted({row["sentences"] for row in here if row["objective"] != FLOOR})
-    lines = [["objective", *(f"P = {size}" for size in sizes)]]
-    for objective in (FLOOR, *OBJECTIVES):
-        values = [[row[f"level_{depth - 1}"] for row in here if row["objective"] == objective
-                   and (row["sentences"] == size or objective == FLOOR)] for size in sizes]
-        if any(values):
-            lines.append([objective, *(", ".join(f"{value:.2f}" for value in some) or "not measured"
-                                       for some in values)])
-    return markdown(lines)
-
-def draw(rows, depths, path):
-    """A panel a depth: the probe of level L-1 against P, a dot a seed and a line through the means. And P* against the
-    level: dots from the levels of the deepest grammar, crosses from the highest level of each."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(depths) + 1, figsize=(4 * len(depths) + 4, 4.5), layout="constrained")
-    for axis, depth in zip(axes, depths):
-        floor = statistics.mean(row[f"level_{depth - 1}"] for row in rows
-                                if (row["objective"], row["depth"]) == (FLOOR, depth))
-        axis.axhline(floor, color="0.6", linestyle=":", label=FLOOR)
-        axis.axhline((floor + 1) / 2, color="0.6", linestyle="--", label="threshold of P* (mean over seeds)")
-        axis.set(title=f"L = {depth}: probe of level {depth - 1}", xscale="log", xlabel="sentences P", ylim=(0, 1.02))
-    axes[-1].set(title="P*, where it was found", yscale="log", xlabel="level above the tokens",
-                 xticks=[depth - 1 for depth in depths])
-    for objective, colour in zip(OBJECTIVES, plt.get_cmap("tab10").colors):
-        for axis, depth in zip(axes, depths):
-            points = [(row["sentences"], row[f"level_{depth - 1}"]) for row in rows
-                      if (row["objective"], row["depth"]) == (objective, depth)]
-            sizes = sorted({size for size, _ in points})
-            means = [statistics.mean(value for at, value in points if at == size) for size in sizes]
-            axis.plot(sizes, means, color=colour, label=objective)
-            axis.scatter([size for size, _ in points], [value for _, value in points], color=colour, s=12)
-        for marker, places in ("o", [(max(depths), level) for level in range(1, max(depths))]), (
-                "x", [(depth, depth - 1) for depth in depths]):
-            points = [(level, p) for depth, level in places
-                      for p in samples_needed(rows, objective, depth, level).values() if 0 < p < math.inf]
-            axes[-1].scatter([level for level, _ in points], [p for _, p in points], color=colour, marker=marker)
-    figure.legend(*axes[-2].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-# -- the whole ---------------------------------------------------------------------------------------------------------
-def grid(sizes, few):
-    """The arms, name -> Config. sizes: the P of each depth; few: fields that are smaller for --fast."""
-    deepest = max(sizes)
-    arms = {f"{FLOOR} L{depth}": dataclasses.replace(BASE, objective=FLOOR, depth=depth, block_size=2 ** depth,
-                                                     sentences=tried[0], **few | dict(pretrain_steps=0))
-            for depth, tried in sizes.items()}
-    for objective, change in OBJECTIVES.items():
-        some = {deepest: [size for size in sizes[deepest] if size in VARIANTS_AT]}
-        for depth, tried in (sizes if objective in MAIN else some).items():
+def grid(sizes):
+    """The arms, name -> Config. sizes: the P of each depth."""
+    arms = {}
+    for depth, tried in sizes.items():
+        shape = dict(depth=depth, block_size=2 ** depth)
+        arms[f"{FLOOR} L{depth}"] = dataclasses.replace(
+            BASE, objective=FLOOR, sentences=tried[0], pretrain_steps=0, **shape)
+        for objective, change in OBJECTIVES.items():
             for size in tried:
-                arms[f"{objective} L{depth} P{size}"] = dataclasses.replace(
-                    BASE, objective=objective, depth=depth, block_size=2 ** depth, sentences=size, **few | change)
+                if objective in MAIN or depth == DEEPEST and size in VARIANTS_AT:
+                    arms[f"{objective} L{depth} P{size}"] = dataclasses.replace(
+                        BASE, objective=objective, sentences=size, **shape | change)
     return arms
 
-def page(rows, arms, depths):
+def page(rows, arms):
     """All tables, as markdown."""
-    deepest = depths[-1]
-    levels = {f"level {level}": (deepest, level) for level in range(1, deepest)}
-    known = [arm for arm in arms if arm.endswith((f"{FLOOR} L{deepest}", f" L{deepest} P{VARIANTS_AT[-1]}"))]
-    columns = {name: name.replace(" ", "_") for name in levels} | {"R2": "val_r2", "rank": "rank", "health": "health"}
-    return "\n\n".join((
-        f"P* of every level but the root in grammars of depth L = {deepest}, a figure a seed "
-        f"(v = {BASE.symbols}, m = {BASE.rules}, {BASE.pretrain_steps} steps):", summary(rows, levels),
-        "P* of the highest such level, by depth:",
-        summary(rows, {f"L = {depth}": (depth, depth - 1) for depth in depths}),
-        f"Every objective at P = {VARIANTS_AT[-1]}, L = {deepest} (R2 and health are of the latent objectives):",
-        table(rows, known, columns),
-        *(f"Probe of level {depth - 1}, L = {depth}, a figure a seed:\n\n{probes(rows, depth)}" for depth in depths)))
+    rows = summaries(rows) + rows
+    needed = {f"level {level}": f"needed_L{DEEPEST}_level_{level}" for level in range(1, DEEPEST)}
+    needed["slope of log P* / log m (tokens: 1, latents: 0)"] = "slope_over_levels"
+    by_depth = {f"L = {depth}": f"needed_L{depth}_level_{depth - 1}" for depth in SIZES}
+    probes = {f"level {level}": f"level_{level}" for level in range(1, DEEPEST)}
+    parts = {
+        f"P* of each level, L = {DEEPEST}, one figure for each seed": (OBJECTIVES, needed),
+        "P* of level L - 1, one figure for each seed": (OBJECTIVES, by_depth),
+        "Probes": (arms, probes | {"R2": "val_r2", "rank": "rank", "health": "health"}),
+    }
+    return tables(rows, parts)
 
 def hierarchy(flags):
-    """Run the arms; write the tables and the figure."""
-    arms = grid(SIZES, {})
+    """Run the arms and print the tables."""
     if flags.fast:
-        flags, sizes = dataclasses.replace(flags, seeds=1), {2: (54,), 3: (128,), 4: (128, 512)}
-        arms = grid(sizes, dict(n_embd=16, pred_embd=16, n_layer=1, top_k=1, n_head=2, pred_layer=1, batch_size=8,
-                                pretrain_steps=2, nodes=100))
+        print("labs.hierarchy --fast: half a minute on one core; its figures mean nothing")
+        few = {2: (54,), 3: (128,), 4: (512,)}
+        arms = {name: dataclasses.replace(in_short(cfg), nodes=100)
+                for name, cfg in grid(few).items()}
+        run_arms("hierarchy", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
+        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
+        return
+    arms = grid(SIZES)
     rows = run_arms("hierarchy", arms, flags, measure)
-    known = by_seed(rows)
-    depths = sorted({row["depth"] for row in known if row["objective"] == FLOOR})
-    if not known and rows:
-        depths = list(SIZES)
-        print("hierarchy: no figures by seed are kept, so the tables are the older ones and there is no figure")
-    if not depths:
-        raise ValueError(f"--arms={flags.arms}: P* is measured from the random-init encoder: name {FLOOR} L4 as well")
-    publish("hierarchy", rows, page(rows, arms, depths), flags.table)
-    if known:
-        draw(known, depths, path := Path(flags.out) / f"hierarchy{'-fast' * flags.fast}.png")
-        print(f"figure: {path}")
+    publish("hierarchy", rows, page(rows, arms), flags.table)
 
 
 if __name__ == "__main__":

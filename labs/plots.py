@@ -30,7 +30,7 @@ ORANGE = "#E69F00"      # random weights
 GREY = "0.65"
 
 def rows_of(lab):
-    """The rows of a lab. For pretraining: budgets and worlds joined, and the rows of the cloze."""
+    """The rows of a lab. For pretraining: budgets and worlds joined."""
     rows = results(lab, FLAGS)
     if lab != "pretraining":
         return rows
@@ -44,7 +44,7 @@ def rows_of(lab):
             into[f"cloze {budget}"] = row["cloze_all"]
         if (world, budget) == ("facts", "7M"):
             long.append(row | dict(arm=f"{arm}, 7M"))
-    return [*joined.values(), *long, *results("cloze", FLAGS)]
+    return [*joined.values(), *long]
 
 def arms_of(lab, number):
     """The arms of a table of a page."""

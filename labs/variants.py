@@ -1,9 +1,11 @@
 """
-Ablations of the model: each class changes one idea of tjepa.py, for `train.run(model=...)`.
+Variants of the model: each class changes one idea of tjepa.py, for `train.run(model=...)`.
 
-Switches that only an experiment flips live here, so that tjepa.py holds the method alone. A class
-keeps the Config of `tjepa.TJEPA`; classes can be combined by inheriting from several.
+They are used in experiments only, so that tjepa.py contains the method alone. A class keeps the
+Config of `tjepa.TJEPA`; classes are combined by inheriting from several. An arm of a lab names its
+class in the field `variant` of `labs.runs.Arm`.
 """
+import math
 from copy import deepcopy
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 
 import tjepa
 from tjepa import TJEPA
+
+# -- initialisation, positions, losses -------------------------------------------------------------
 
 class GPT2Init(TJEPA):
     """Weight matrices start with GPT-2's standard deviation of .02, whatever their width."""
@@ -33,6 +37,7 @@ class PositionEncoder(tjepa.Encoder):
     def forward(self, tokens, positions, mask=None, top_k=1):
         """As `Encoder.forward`: the position's embedding is added to the token's."""
         def add_position(module, inputs, embedded):
+            """What the embedding returns, with positions."""
             return embedded + self.embed_position(positions)
         with self.embed.register_forward_hook(add_position):
             return super().forward(tokens, positions, mask, top_k)
@@ -50,16 +55,12 @@ class SmoothL1(TJEPA):
     """Smooth L1 distance to the target, as in data2vec."""
 
     def pretrain_loss(self, tokens, span_ids):
-        """Loss of phase 1, without token loss."""
+        """Loss of phase 1, without SIGReg and without token loss."""
         p = self.predict(tokens, span_ids)
         error = F.smooth_l1_loss(p.predicted, p.target, reduction="none").mean(-1)      # (B, S)
         loss = tjepa.masked_mean(error, p.span_mask, (0, 1))
         flat = (part.flatten(0, 1) for part in (p.predicted, p.target, p.span_mask))
-        stats = dict(latent=loss, r2=tjepa.r_squared(*flat))
-        if self.cfg.sigreg:
-            stats["sigreg"] = self.regularise(p)
-            loss = loss + self.cfg.sigreg * stats["sigreg"]
-        return loss, {name: value.detach() for name, value in stats.items()}
+        return loss, dict(latent=loss.detach(), r2=tjepa.r_squared(*flat).detach())
 
 def vicreg(z):
     """VICReg's two regularisers (2022) of z (N, C), weighted 25 : 1 as there.
@@ -78,6 +79,8 @@ class VICReg(TJEPA):
         """VICReg of 512 sampled context latents."""
         index = torch.multinomial(p.context_mask.flatten().float(), 512, replacement=True)
         return vicreg(F.embedding(index, p.context.flatten(0, 1)))
+
+# -- no predictor ----------------------------------------------------------------------------------
 
 class NoPredictor(TJEPA):
     """No predictor: the encoder reads a [MASK] where a token is missing and predicts there."""
@@ -127,6 +130,60 @@ class MaskedLM(NoPredictor):
         loss = self.word_loss(self.predict(tokens, span_ids))
         return self.cfg.mlm * loss, dict(mlm=loss.detach())
 
+# -- which tokens are removed ----------------------------------------------------------------------
+
+def sample_blocks(tokens, size, word_start, cfg):
+    """As `tjepa.sample_spans`, but the spans are blocks of `size` tokens on a fixed grid.
+
+        tokens      the | c | at | sat | on | the          size 2
+        blocks       0    0   1     1    2     2           if each token may begin a block
+                     0    0   0     1    2     2           if only words may: "c at" stays whole
+
+    Random blocks are removed until the budget of the row is spent; the last one may be cut short.
+    word_start: bool (vocab_size,), True for tokens at which a block may begin.
+    """
+    B, T = tokens.shape
+    t = torch.arange(T, device=tokens.device)                           # (T,)
+    real = tokens != cfg.pad                                            # (B, T)
+    first = tjepa.first_of_word(word_start[tokens] | (t == 0), t)       # (B, T)
+
+    # turn: the place of each block in a random order; blocks of padding come last
+    chance = torch.rand(B, math.ceil(T / size), device=tokens.device)   # (B, blocks)
+    order = chance.masked_fill(~real[:, ::size], torch.inf).argsort(1)
+    places = torch.arange(order.size(1), device=tokens.device).expand_as(order)
+    turn = torch.empty_like(order).scatter(1, order, places)
+    block = turn.gather(1, first // size)                               # (B, T)
+
+    # as in `sample_spans`: exactly mask_ratio of the real tokens, block by block
+    budget = (real.sum(1, keepdim=True).double() * cfg.mask_ratio).round().clamp(min=1).long()
+    place = (block * T + t).masked_fill(~real, T * T)
+    last = place.sort(1).values.gather(1, budget - 1)                   # (B, 1)
+    removed = (place <= last) & real
+    return torch.where(removed, block.clamp(max=cfg.max_spans - 1), cfg.max_spans)
+
+class FixedBlocks(TJEPA):
+    """Removes blocks of 3 tokens on a fixed grid, which may cut words, instead of spans.
+
+    They have 2.8 tokens in the mean, because the last one is cut short; spans have 3.2.
+    """
+
+    def starts(self):
+        """Tokens at which a block may begin: all of them, bool (V,)."""
+        return torch.ones_like(self.word_start)
+
+    def pretrain_loss(self, tokens, span_ids):
+        """Loss of phase 1 with blocks; span_ids are ignored."""
+        return super().pretrain_loss(tokens, sample_blocks(tokens, 3, self.starts(), self.cfg))
+
+class FixedBlocksOfWords(FixedBlocks):
+    """Each word belongs, as a whole, to the block in which it begins."""
+
+    def starts(self):
+        """Tokens that begin a word, bool (V,)."""
+        return self.word_start
+
+# -- memories of the decoder -----------------------------------------------------------------------
+
 class BothDecoder(tjepa.Decoder):
     """Decoder whose memory holds the slots of the thought, then the question's token latents."""
 
@@ -141,8 +198,10 @@ class BothDecoder(tjepa.Decoder):
                 torch.cat((mask, thought.context_mask), dim=1))
 
 class BothMemories(TJEPA):
-    """The decoder reads thought and token latents; to be used with memory=tokens, so that they are
-    kept. memory_drop: share of the rows of phase 3 without token latents."""
+    """The decoder reads thought and token latents; needs memory=tokens, so that they are kept.
+
+    memory_drop: share of the rows of phase 3 without token latents.
+    """
     memory_drop = 0.0
 
     def __init__(self, cfg, word_start):
@@ -163,6 +222,8 @@ class BothDrop5(BothMemories):
 class BothDrop9(BothMemories):
     """Nine tenths of the rows without token latents."""
     memory_drop = 0.9
+
+# -- combinations ----------------------------------------------------------------------------------
 
 class LearnedPositionsNoPredictor(LearnedPositions, NoPredictor):
     """Both changes."""
