@@ -170,11 +170,11 @@ def test_the_sentence_encoder_of_the_readme_makes_vectors_that_can_teach(
             return teachers.letters(texts, 384).astype(np.float32)
     module = types.SimpleNamespace(SentenceTransformer=SentenceTransformer)
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-    readme = Path("README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    page = Path("labs/pages/extras.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
                 if "sentence_transformers" in block)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "extras.md", "exec"), {})
     assert data.read_vectors("vectors.npz", questions.answers).shape == (213, 384)
 
 
