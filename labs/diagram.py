@@ -73,7 +73,7 @@ def diagram():
                             (825, "3  speak", "put the thought into words")):
         parts += [words(x, 26, title, TITLE), words(x, 49, below)]
     parts += [line(x, 14, x, 350, 'opacity=".4"') for x in (330, 660)]
-    parts += two_paths(165, ("the cat ▢ ▢ the mat", "the cat sat on the mat"),
+    parts += two_paths(165, ("the cat … the mat", "the cat sat on the mat"),
                        ("predicted", "target"))
     parts += two_paths(495, ("Capital of Italy?", "Rome"), ("thought L_p", "answer L_a"))
     parts += one_path(825)

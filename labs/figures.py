@@ -3,7 +3,7 @@ The pictures and generated blocks of README.md, each from a run, a results file 
 
     python -m labs.figures --diagram            assets/phases.svg: the three phases
     python -m labs.figures --movie              assets/latents.gif and health.*: two short runs of
-                                                phase 1, one of which collapses; about 5 minutes
+                                                phase 1, one of which collapses; some 10 minutes
     python -m labs.figures --table              the table of README.md and assets/facts.png
     python -m labs.figures --thumbnails         assets/notebook_*.png, from the notebooks' outputs
     python -m labs.figures --transcript=LOG     what train.py printed, from a file that has it

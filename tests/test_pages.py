@@ -3,6 +3,7 @@
 Each check is also given a page on which it must fail.
 """
 import csv
+import dataclasses
 import importlib
 import re
 import shlex
@@ -88,6 +89,22 @@ def run_nothing(command, monkeypatch):
                 raise ValueError(f"{name} has no {flag}")
 
 
+def is_flag(code):
+    """Is `--name` or `--name=value ...` understood by one of the programs?"""
+    words = shlex.split(code)
+    names = (*plots.PLOTS, "teachers", "figures")
+    labs = [importlib.import_module(f"labs.{name}") for name in names]
+    for kind in (train.Config, sample.Flags, *(modules_kind(lab) for lab in labs)):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        if all(word.partition("=")[0].removeprefix("--") in fields for word in words):
+            try:
+                read_flags(kind, [word for word in words if "=" in word], "page")
+                return True
+            except SystemExit:
+                continue
+    return False
+
+
 def check_tests(argv):
     """`pytest -k WORD` must choose a test."""
     if argv:
@@ -103,6 +120,14 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
             run_nothing(command, monkeypatch)
         except (Exception, SystemExit) as error:
             pytest.fail(f"{command}: {error!r}")
+
+
+@each_page
+def test_every_flag_in_a_sentence_exists(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    flags = [code for code in re.findall(r"`([^`]+)`", prose) if code.startswith("--")]
+    assert [code for code in flags if not is_flag(code)] == []
+    assert not is_flag("--pretrain_step=3") and not is_flag("--seed=one") and is_flag("--seed=1")
 
 
 @pytest.mark.parametrize("command", [
