@@ -9,6 +9,7 @@ import re
 import shlex
 import statistics
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,6 +18,7 @@ import sample
 import train
 from flags import read_flags
 from labs import arms, figures, movie, plots, tables
+from labs.diagram import diagram
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -43,7 +45,7 @@ def commands_of(text):
 
 def modules_kind(module):
     """The dataclass whose flags a lab takes."""
-    source = Path(module.__file__).read_text()
+    source = Path(module.__file__).read_text("utf-8")
     called = re.search(r"(?:main|command_line)\(\w+, (\w+)\)\s*$", source)
     if called:
         return getattr(module, called[1])
@@ -83,7 +85,7 @@ def run_nothing(command, monkeypatch):
         monkeypatch.setattr(report, "compare", lambda *parsed: None)
         report.main(argv)
     else:
-        source = (ROOT / name).read_text()
+        source = (ROOT / name).read_text("utf-8")
         for flag in argv:
             if flag.startswith("--") and f'"{flag.split("=")[0]}"' not in source:
                 raise ValueError(f"{name} has no {flag}")
@@ -109,13 +111,13 @@ def check_tests(argv):
     """`pytest -k WORD` must choose a test."""
     if argv:
         word = argv[argv.index("-k") + 1]
-        if not any(word in path.read_text() for path in (ROOT / "tests").glob("test_*.py")):
+        if not any(word in path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py")):
             raise ValueError(f"no test is called {word}")
 
 
 @each_page
 def test_every_command_of_a_page_parses(page, monkeypatch):
-    for command in commands_of(page.read_text()):
+    for command in commands_of(page.read_text("utf-8")):
         try:
             run_nothing(command, monkeypatch)
         except (Exception, SystemExit) as error:
@@ -124,7 +126,7 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
 
 @each_page
 def test_every_flag_in_a_sentence_exists(page):
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     flags = [code for code in re.findall(r"`([^`]+)`", prose) if code.startswith("--")]
     assert [code for code in flags if not is_flag(code)] == []
     assert not is_flag("--pretrain_step=3") and not is_flag("--seed=one") and is_flag("--seed=1")
@@ -163,14 +165,14 @@ def broken_links(text, page):
         target = page.parent / path if path else page
         if not target.exists():
             broken.append(link)
-        elif anchor and anchor not in anchors_of(target.read_text() if path else page.read_text()):
+        elif anchor and anchor not in anchors_of(target.read_text("utf-8") if path else page.read_text("utf-8")):
             broken.append(link)
     return broken
 
 
 @each_page
 def test_every_relative_link_and_picture_resolves(page):
-    assert broken_links(page.read_text(), page) == []
+    assert broken_links(page.read_text("utf-8"), page) == []
 
 
 def test_a_broken_link_is_noticed():
@@ -179,11 +181,16 @@ def test_a_broken_link_is_noticed():
     assert broken_links(text, README) == [*links, "gone.svg"]
 
 
+def test_the_committed_diagram_is_the_one_that_the_script_draws():
+    svg = (ROOT / "assets" / "phases.svg").read_text("utf-8")
+    assert svg == diagram() and ElementTree.fromstring(svg).tag.endswith("svg")
+
+
 # -- numbers ---------------------------------------------------------------------------------------
 
 def block_of(page, name):
     """What stands between <!-- name --> and <!-- /name -->; "" if nothing does."""
-    found = re.search(f"<!-- {name} -->(.*?)<!-- /{name} -->", page.read_text(), re.DOTALL)
+    found = re.search(f"<!-- {name} -->(.*?)<!-- /{name} -->", page.read_text("utf-8"), re.DOTALL)
     return found[1] if found else ""
 
 
@@ -237,7 +244,7 @@ def shares(text):
 
 
 def test_the_shares_in_the_sentences_about_the_result_are_in_the_csv():
-    section = README.read_text().split("## The result")[1].split("\n## ")[0]
+    section = README.read_text("utf-8").split("## The result")[1].split("\n## ")[0]
     names = [*figures.SYSTEMS, figures.FLOOR]
     known = {round(100 * from_csv("facts.csv", arm, figure)[0])
              for arm in names for figure in figures.COLUMNS.values()}
@@ -246,7 +253,7 @@ def test_the_shares_in_the_sentences_about_the_result_are_in_the_csv():
 
 
 def test_the_numbers_that_explain_the_transcript_are_in_it():
-    text = README.read_text()
+    text = README.read_text("utf-8")
     transcript = block_of(README, "transcript")
     steps = "\n".join(re.findall(r"^\d\. .*(?:\n   .*)*", text, re.MULTILINE))
     for share in shares(steps):
@@ -261,7 +268,7 @@ def test_the_numbers_about_the_collapsed_run_are_those_of_the_picture():
     with open(ROOT / "assets" / "health.csv", newline="", encoding="utf-8") as file:
         last = {row["recipe"]: row for row in csv.DictReader(file)}
     healthy, collapsed = (last[name] for name in movie.RUNS)
-    text = README.read_text()
+    text = README.read_text("utf-8")
     assert f"the collapsed one has {float(collapsed['std']):.2f}".replace("0.", ".") in text
     assert f"the collapsed run keeps {float(collapsed['rank']):.0f}" in text
     assert 1000 < float(healthy["loss"]) / float(collapsed["loss"]) < 2000
@@ -282,7 +289,7 @@ def too_much(text):
 
 
 def test_the_first_page_can_be_read_in_ten_minutes():
-    text = README.read_text()
+    text = README.read_text("utf-8")
     assert too_much(text) == []
     assert too_much(text + 300 * " word") == ["words"]
     assert too_much(text + 2 * "\n| a |\n|---|\n") == ["tables"]
