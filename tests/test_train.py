@@ -19,6 +19,7 @@ import flags
 import report
 import train
 from data.facts.prepare import read_tsv
+from labs.runs import open_run
 from tests.toy import FLAGS, PAIRS, as_argv, config, random_vectors, weights
 
 ONE_STEP = dict(pretrain_steps=1, distill_steps=2, speak_steps=2)
@@ -113,6 +114,21 @@ def test_every_objective_trains(world, tmp_path, changes):
                          pretrain_steps=4)
     figures = train.run(train.resolve(given | changes))
     assert np.isfinite(figures["loss"]) and figures["grad"] > 0
+
+
+def test_accum_splits_the_same_batch(world):
+    """--accum saves memory: its parts are the rows of one batch, and their mean gradient is that
+    of the batch, because the loss of phase 2 is a mean over rows."""
+    gradients = []
+    for accum in (1, 4):
+        run = open_run(world.cfg)
+        run = run._replace(cfg=dataclasses.replace(run.cfg, accum=accum))
+        loss_at, _ = train.distill(run)
+        torch.manual_seed(0)
+        for _ in range(accum):
+            (loss_at(0.0)[0] / accum).backward()
+        gradients.append(run.model.predictor.latent_proj.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
@@ -316,6 +332,24 @@ def test_a_phase_begun_anew_keeps_the_old_checkpoint_and_drops_its_figures(world
     os.replace(out / train.PREVIOUS, out / "ckpt.pt")
     previous = train.load_checkpoint(out)
     assert previous["phase"] == "speak" and previous["rows"] == spoken["rows"]
+
+
+def test_a_run_goes_on_from_another_folder_and_with_a_text_that_has_moved(
+        world, tmp_path, monkeypatch):
+    """Paths are stored as absolute ones, and a text is compared by its content."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("text.txt", "qa.tsv"):
+        shutil.copy(world.folder / name, here)
+    given = FLAGS | ONE_STEP | dict(data="text.txt", qa="qa.tsv", out="../run")
+    monkeypatch.chdir(here)
+    train.main(as_argv(given))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "--out=run", "--speak_steps=2"])
+    os.rename(here / "text.txt", "book.txt")
+    train.main(["--resume", "--out=run", "--speak_steps=3", "--data=book.txt"])
+    saved = train.load_checkpoint("run")
+    assert saved["step"] == 3 and saved["config"]["data"] == str(tmp_path / "book.txt")
 
 
 def test_a_phase_that_was_stopped_and_begun_anew_keeps_the_run_that_had_ended(world, tmp_path):
