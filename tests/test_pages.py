@@ -165,7 +165,7 @@ def broken_links(text, page):
         target = page.parent / path if path else page
         if not target.exists():
             broken.append(link)
-        elif anchor and anchor not in anchors_of(target.read_text("utf-8") if path else page.read_text("utf-8")):
+        elif anchor and anchor not in anchors_of(target.read_text("utf-8")):
             broken.append(link)
     return broken
 
