@@ -112,13 +112,17 @@ def align(run):
         mean, axes = fit_axes(*teacher_latents(run, rows), model.cfg.n_embd, parts)
     if "thought" in parts:              # computed once: the teacher stands still
         thoughts = teacher_thoughts(run, questions.tokens[taught])      # (n, D)
-    draw = questions.drawing(taught, cfg.qa_batch_size // cfg.accum)
+    draw_questions = questions.drawing(taught, cfg.qa_batch_size)
+
+    def draw():
+        """Random rows of text (B, T), and random questions: their numbers (n,) and tokens."""
+        rows = run.corpus.train.batch(cfg.batch_size).to(run.device, non_blocking=True)
+        return rows, *draw_questions()
+    batches = run.in_parts(draw)
 
     def loss_at(progress):
         """Mean of 1 - R2 over the parts, on random rows of text and random questions."""
-        rows = run.corpus.train.batch(cfg.batch_size // cfg.accum)
-        rows = rows.to(run.device, non_blocking=True)                   # (B, T)
-        which, asked = draw()
+        rows, which, asked = next(batches)
         pairs = {}                      # part -> (student's latents, teacher's), (..., width) each
         if reads_text:
             target, target_mask = teacher_latents(run, rows)

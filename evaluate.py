@@ -5,6 +5,7 @@ What the figures mean: one definition each, in one place.
     hit1        share of predicted span latents whose nearest target in the batch is their own
     chance      the hit1 of a random guess
     std, rank, bound, cos, cos_centred, pos     the collapse panel: `tjepa.latent_health`
+    health      its word: collapsed, shrinking, healthy; unlearned where val_r2 is not above 0
     cloze       share of held-out statements whose own answer has the lowest energy
     r1, mrr     recall at 1 (R@1) and mean reciprocal rank of the thought among the answers
                 of its relation
@@ -46,11 +47,14 @@ def evaluate_text(run, rows=256):
     hits = distance.argmin(1) == own
 
     health = tjepa.latent_health(latents, tokens != model.cfg.pad)
+    word = tjepa.health_word(health)
+    if word != "collapsed" and r2 <= 0:         # spread, but predicted no better than by their mean
+        word = "unlearned"
     figures = {
         "val_r2": r2.item(),
         "hit1": hits.float().mean().item(),
         "chance": 1 / len(distance),
-        "health": tjepa.health_word(health),
+        "health": word,
     }
     return figures | health
 

@@ -25,13 +25,6 @@ from tests.toy import FLAGS, PAIRS, as_argv, config, random_vectors, weights
 ONE_STEP = dict(pretrain_steps=1, distill_steps=2, speak_steps=2)
 
 
-def open_run(cfg):
-    """The `train.Run` of a run that has ended."""
-    saved = train.load_checkpoint(cfg.out)
-    corpus = data.load(cfg, data.Tokenizer.from_state(saved["tokenizer"]))
-    return train.Run(cfg, train.build(cfg, corpus.tokenizer, saved["model"]), corpus, "cpu", None)
-
-
 # -- a run -----------------------------------------------------------------------------------------
 def test_a_run_writes_its_four_files_and_learns(world, draw):
     """The whole program on twelve facts: thoughts find their answers, the decoder says them."""
