@@ -27,7 +27,7 @@ import data
 import report
 import tjepa
 import train
-from labs.arms import Flags, chosen, in_short, main, run_arms
+from labs.arms import chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM
 from labs.measures import PENALTIES, content_sensitivity, features
 from labs.probes import Probe, accuracy, continents, folds

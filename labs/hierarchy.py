@@ -46,7 +46,7 @@ import torch
 import evaluate
 import tjepa
 import train
-from labs.arms import Flags, chosen, in_short, main, run_arms
+from labs.arms import chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM
 from labs.measures import logistic_probe
 from labs.runs import Arm, fit, model_of

@@ -3,7 +3,6 @@ What does phase 1 learn? Encoders of one size read the same tokens with differen
 
     python data/wordnet/prepare.py --input=../shared/data/text/wordnet_common.txt    the glosses
     python data/probes/prepare.py --input=../shared/data                     probes of real text
-    python -m labs.pretraining --arms="default,latent,masked LM,random-init" --budget=2.5M
     python -m labs.pretraining --jobs=16            all arms, both budgets
     python -m labs.pretraining --fast               half a minute on one core: does it run?
 
@@ -214,11 +213,8 @@ def cloze_all(run):
         ways = dict(cloze=WordEnergy(model, mean=True), cloze_tokens=WordEnergy(model, mean=False))
     elif cfg.model == "t-jepa" and cfg.mlm:
         ways = dict(cloze=model, cloze_tokens=WordEnergy(model, mean=True))
-    figures = {}
-    for way, asked in ways.items():
-        for name, value in cloze(run._replace(model=asked)).items():
-            figures[f"{way}_{name}"] = value
-    return figures
+    return {f"{way}_{name}": value for way, asked in ways.items()
+            for name, value in cloze(run._replace(model=asked)).items()}
 
 # -- an arm ----------------------------------------------------------------------------------------
 
@@ -377,19 +373,21 @@ def tables(rows, tuned):
 
 def pretraining(flags):
     """Choose learning rates, run the arms and print the tables."""
-    names, budgets, worlds = chosen(flags, ARMS), flags.budget.split(","), flags.world.split(",")
-    grid, shape = GRID, lambda cfg: cfg
+    names, grid = chosen(flags, ARMS), GRID
+    budgets, worlds = flags.budget.split(","), flags.world.split(",")
     if flags.fast:
         print("labs.pretraining --fast: half a minute on one core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
         worlds = [world for world in worlds if Path(WORLDS[world].get("data", ".")).exists()]
-        grid, budgets, shape = GRID[:1], budgets[-1:], shrunk
+        grid, budgets = GRID[:1], budgets[-1:]
     data.load(Config())         # writes the facts if they are missing, before processes start
 
     def run(lab, arms, seeds):
         """Run those that have no results yet -> `results`."""
         few = dataclasses.replace(flags, arms="", seeds=seeds)
-        return run_arms(lab, {name: shape(cfg) for name, cfg in arms.items()}, few, measure)
+        if flags.fast:
+            arms = {name: shrunk(cfg) for name, cfg in arms.items()}
+        return run_arms(lab, arms, few, measure)
     tuned = run("pretraining_tuning", tuning(worlds, names, grid), min(1, flags.seeds))
     rows = run("pretraining", finals(worlds, names, budgets, tuned), flags.seeds)
     if flags.fast:

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 import tjepa
 from tjepa import TJEPA
 
-# -- initialisation, positions, losses -------------------------------------------------------------
-
 class GPT2Init(TJEPA):
     """Weight matrices start with GPT-2's standard deviation of .02, whatever their width."""
 
@@ -80,8 +78,6 @@ class VICReg(TJEPA):
         index = torch.multinomial(p.context_mask.flatten().float(), 512, replacement=True)
         return vicreg(F.embedding(index, p.context.flatten(0, 1)))
 
-# -- no predictor ----------------------------------------------------------------------------------
-
 class NoPredictor(TJEPA):
     """No predictor: the encoder reads a [MASK] where a token is missing and predicts there."""
 
@@ -129,8 +125,6 @@ class MaskedLM(NoPredictor):
         """Cross-entropy of the removed tokens alone."""
         loss = self.word_loss(self.predict(tokens, span_ids))
         return self.cfg.mlm * loss, dict(mlm=loss.detach())
-
-# -- which tokens are removed ----------------------------------------------------------------------
 
 def sample_blocks(tokens, size, word_start, cfg):
     """As `tjepa.sample_spans`, but the spans are blocks of `size` tokens on a fixed grid.
@@ -182,8 +176,6 @@ class FixedBlocksOfWords(FixedBlocks):
         """Tokens that begin a word, bool (V,)."""
         return self.word_start
 
-# -- memories of the decoder -----------------------------------------------------------------------
-
 class BothDecoder(tjepa.Decoder):
     """Decoder whose memory holds the slots of the thought, then the question's token latents."""
 
@@ -222,8 +214,6 @@ class BothDrop5(BothMemories):
 class BothDrop9(BothMemories):
     """Nine tenths of the rows without token latents."""
     memory_drop = 0.9
-
-# -- combinations ----------------------------------------------------------------------------------
 
 class LearnedPositionsNoPredictor(LearnedPositions, NoPredictor):
     """Both changes."""
