@@ -21,7 +21,6 @@ import tjepa
 
 SPLITS = ("DEC", "LAT", "TXT")
 
-
 # -- phase 1: the text -----------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate_text(run, rows=256):
@@ -58,7 +57,6 @@ def evaluate_text(run, rows=256):
     }
     return figures | health
 
-
 @torch.no_grad()
 def gap_energy(run, tokenizer, before, values, after, size=512):
     """Energy of each of n values (strings) in the gap between before and after: (n,).
@@ -94,7 +92,6 @@ def gap_energy(run, tokenizer, before, values, after, size=512):
         parts.append(run.model.energy(tokens[rows].to(run.device), spans[rows].to(run.device)))
     return torch.cat(parts)
 
-
 def cloze(run, relation):
     """Share of a relation's held-out statements whose own answer has the lowest energy.
 
@@ -122,7 +119,6 @@ def cloze(run, relation):
         f"cloze_{relation}_all_chance": 1 / len(values),
     }
 
-
 # -- phase 2: the thought --------------------------------------------------------------------------
 @torch.no_grad()
 def think_all(run, tokens, size=1024):
@@ -142,7 +138,6 @@ def think_all(run, tokens, size=1024):
         ))
     return tjepa.Thought(*(torch.cat(tensors) for tensors in zip(*parts)))
 
-
 def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
     figures = {}
@@ -152,7 +147,6 @@ def by_split(questions, name, score):
             if len(rows):
                 figures[f"{name}_{split}{suffix}"] = score[rows].float().mean().item()
     return figures
-
 
 def recall(run, questions, table, size=4096):
     """R@1 and MRR of the thought among the answers of its relation; and `abstention`.
@@ -174,7 +168,6 @@ def recall(run, questions, table, size=4096):
     r1 = by_split(questions, "r1", rank == 1)
     mrr = by_split(questions, "mrr", 1 / rank)
     return r1 | mrr | abstention(questions, torch.cat(nearest))
-
 
 def abstention(questions, distance):
     """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
@@ -206,7 +199,6 @@ def abstention(questions, distance):
         figures["auroc"] = farther.float().mean().item()
     return figures
 
-
 # -- phase 3: speech -------------------------------------------------------------------------------
 def say(run, thoughts, size=512):
     """Greedy speech for a `Thought` of n rows, `size` at a time: a list of n strings."""
@@ -218,7 +210,6 @@ def say(run, thoughts, size=512):
         ids = torch.stack(steps, dim=1)                                         # (n, L)
         said += [tokenizer.decode(row).strip() for row in ids.tolist()]
     return said
-
 
 def exact_match(run, questions, thoughts):
     """EM by split and phrasing; and em_shuffled, the control.

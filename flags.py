@@ -35,7 +35,6 @@ BOOLEANS = {
     "0": False, "no": False, "false": False,
 }
 
-
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line: a usage of sixty flags would bury it."""
 
@@ -43,13 +42,11 @@ class Parser(argparse.ArgumentParser):
         """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {printable(message, None)}\n")
 
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of a description; leaves room for the longest flag beside its help."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28)
-
 
 class Output:
     """A stream whose reader may go away (`| head -1`) or whose disk may be full: output then ends
@@ -81,7 +78,6 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-
 def plain_output():
     """Called first by each program: no output can make it fail.
 
@@ -97,19 +93,16 @@ def plain_output():
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 
-
 # -- values ----------------------------------------------------------------------------------------
 def quoted(text):
     """A value for an error message: short, whatever was typed."""
     return f"'{text}'" if len(text) <= 40 else f"'{text[:40]}...'"
-
 
 def boolean(text):
     """yes, no, true, false, 1 or 0."""
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is neither true nor false")
     return BOOLEANS[text.lower()]
-
 
 def integer(text):
     """A whole number of 64 bits: torch has no larger ones."""
@@ -122,7 +115,6 @@ def integer(text):
         raise argparse.ArgumentTypeError(f"{quoted(text)} is beyond 64 bits")
     return value
 
-
 def number(text):
     """A number. inf is for the dataclass to refuse, because some fields accept it."""
     try:
@@ -134,9 +126,7 @@ def number(text):
         raise argparse.ArgumentTypeError("nan is not a number")
     return value
 
-
 CONVERTERS = {bool: boolean, int: integer, float: number, str: str}
-
 
 # -- the flags of a dataclass ----------------------------------------------------------------------
 def comments(kind):
@@ -161,7 +151,6 @@ def comments(kind):
                 field = None
     return notes
 
-
 def groups_of(kind):
     """Title -> names of fields, for the sections of --help. A field that is not named: "more"."""
     groups = dict(getattr(kind, "GROUPS", {}))
@@ -169,7 +158,6 @@ def groups_of(kind):
     rest = [field.name for field in dataclasses.fields(kind) if field.name not in named]
     title = "more" if groups else "flags"
     return groups | ({title: rest} if rest else {})
-
 
 def make_parser(kind, prog, positional):
     """A `Parser` with one flag per field."""
@@ -187,7 +175,6 @@ def make_parser(kind, prog, positional):
             section.add_argument(f"--{name}", type=CONVERTERS[field.type],
                                  metavar=field.type.__name__, help=text)
     return parser
-
 
 def spell_out(argv, kind):
     """--flag and --no-flag of boolean fields become --flag=true and --flag=false.
@@ -211,7 +198,6 @@ def spell_out(argv, kind):
             spelled.append(word)
     return spelled
 
-
 def hint(word, kind):
     """What an unknown flag may have meant: "; did you mean --n_embd?", or nothing."""
     name = word.split("=")[0].lstrip("-").replace("-", "_").lower()
@@ -219,7 +205,6 @@ def hint(word, kind):
     meant = [field for field, others in OTHER_NAMES.items() if field in known and name in others]
     near = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean --{near[0]}?" if near else "; --help lists the flags"
-
 
 def read_flags(kind, argv, prog, positional=None):
     """The flags that were given, as a dict: --name=value for each field of a dataclass.

@@ -24,7 +24,6 @@ PHASES = ("pretrain", "distill", "speak")
 HIGHLIGHTED = 5     # more coloured lines than this cannot be told apart in one panel
 PAUSE = 10          # seconds between two pictures of --follow
 
-
 # -- the log ---------------------------------------------------------------------------------------
 class Log:
     """metrics.csv: one row per log step.
@@ -84,14 +83,12 @@ class Log:
         """The newest value of each column: what a run returns."""
         return newest(self.rows)
 
-
 def newest(rows):
     """The newest value of each column."""
     figures = {}
     for row in rows:
         figures.update(row)
     return figures
-
 
 def read_metrics(folder):
     """The rows of folder/metrics.csv as dicts of numbers and words; ValueError if it is damaged."""
@@ -124,7 +121,6 @@ def read_metrics(folder):
         raise ValueError(f"{path} has no rows yet")
     return rows
 
-
 def read_cell(path, number, name, cell):
     """One cell of metrics.csv as a number or a word."""
     if name in ("phase", "health"):
@@ -135,14 +131,12 @@ def read_cell(path, number, name, cell):
         raise ValueError(f"{path} is damaged: line {number}, {name}: "
                          f"'{cell[:40]}' is not a number") from None
 
-
 # -- the curves of one run -------------------------------------------------------------------------
 class Line(NamedTuple):
     """One curve: a column of metrics.csv, in one phase (its name) or in all (None)."""
     label: str
     column: str
     phase: str | None = None
-
 
 class Panel(NamedTuple):
     """One of the small plots of curves.png."""
@@ -152,7 +146,6 @@ class Panel(NamedTuple):
     begins: int                 # the first phase that measures one of them
     y_range: tuple | None = None
     scale: str = "linear"
-
 
 PANELS = (
     Panel("losses of phase 1", "loss (log scale)", (
@@ -198,7 +191,6 @@ PANELS = (
     ), begins=1, y_range=(0, None)),
 )
 
-
 def value_of(row, column):
     """A value of a row, or None. spread is what `tjepa.health_word` compares with thresholds."""
     if column != "spread":
@@ -206,7 +198,6 @@ def value_of(row, column):
     if not {"std", "rank", "bound"} <= row.keys():
         return None
     return row["std"] * row["rank"] / row["bound"]
-
 
 def points(rows, line, begin):
     """Steps and values of a curve. begin: the step at which each phase begins."""
@@ -219,12 +210,10 @@ def points(rows, line, begin):
             values.append(value)
     return steps, values
 
-
 def plot(axis, steps, values, **style):
     """A thin line; with markers where the points are few, so that a single one is seen too."""
     marker = "." if len(steps) < 20 else ""
     axis.plot(steps, values, **{"marker": marker, "linewidth": 1, **style})
-
 
 def new_figure(title):
     """A figure of 2 x 4 panels -> (figure, 8 axes)."""
@@ -237,7 +226,6 @@ def new_figure(title):
     figure.suptitle(title, fontsize=12)
     return figure, list(figure.subplots(2, 4).flat)
 
-
 def finish(axis, title, x_label, y_label):
     """Texts around a panel."""
     axis.set_title(title, fontsize=10)
@@ -245,12 +233,10 @@ def finish(axis, title, x_label, y_label):
     axis.set_ylabel(y_label, fontsize=8)
     axis.tick_params(which="both", labelsize=8)
 
-
 def say_when(axis, phase):
     """In a panel that has no data: the number of the phase that will bring them."""
     axis.text(0.5, 0.5, f"appears in phase {phase}", transform=axis.transAxes,
               ha="center", color="0.4")
-
 
 def draw_thresholds(axis):
     """The two values of spread at which `tjepa.health_word` changes its word."""
@@ -259,13 +245,11 @@ def draw_thresholds(axis):
         axis.text(1, value, f"{word} below {value}", fontsize=7, color="0.3", ha="right",
                   va="top", transform=axis.get_yaxis_transform())
 
-
 def save_figure(figure, path):
     """Written beside and renamed: a viewer never opens half a picture."""
     part = path.with_suffix(f".part{path.suffix}")
     figure.savefig(part, dpi=110)
     part.replace(path)
-
 
 def draw_curves(rows, phases, path, title=""):
     """curves.png from the rows of metrics.csv: eight panels, the phases one after the other."""
@@ -303,7 +287,6 @@ def draw_curves(rows, phases, path, title=""):
         finish(axis, panel.title, x_label, panel.unit)
     save_figure(figure, Path(path))
 
-
 # -- what a run prints when it ends ----------------------------------------------------------------
 def summary(figures):
     """The figures of a run as lines to print; what was not measured is left out."""
@@ -321,7 +304,6 @@ def summary(figures):
                      f"AUROC {figures['auroc']:.2f}")
     return lines
 
-
 def pretrain_line(figures):
     """Phase 1 in one line."""
     share = figures["rank"] / figures["bound"]
@@ -335,7 +317,6 @@ def pretrain_line(figures):
                  f"({figures['cloze_capital_all_chance']:.3f})")
     return line
 
-
 def split_cells(figures, name):
     """'DEC 0.996 / 0.936' for each split: trained / held-out phrasing."""
     cells = []
@@ -346,7 +327,6 @@ def split_cells(figures, name):
             tail = "" if heldout is None else f" / {heldout:.3f}"
             cells.append(f"{split} {trained:.3f}{tail}")
     return cells
-
 
 def transcript(run, questions, table, threshold):
     """One question each of DEC, LAT and NEVER with its answer: lines to print.
@@ -375,7 +355,6 @@ def transcript(run, questions, table, threshold):
         ]
     return lines
 
-
 # -- several runs ----------------------------------------------------------------------------------
 class Comparison(NamedTuple):
     """A panel with one curve per run: the first of some columns that any of the runs has."""
@@ -385,7 +364,6 @@ class Comparison(NamedTuple):
     columns: tuple
     y_range: tuple | None = None
     scale: str = "linear"
-
 
 COMPARISONS = (
     Comparison("latent loss of phase 1", "loss (log scale)", "pretrain", ("latent",), scale="log"),
@@ -404,7 +382,6 @@ COMPARISONS = (
 )
 SHOWN = ("val_r2", "spread", "r1_DEC_heldout", "r1_LAT_heldout", "em_DEC_heldout", "em_LAT_heldout")
 
-
 def first_measured(columns, runs):
     """The first of some columns that any of the runs has, or None."""
     for column in columns:
@@ -412,7 +389,6 @@ def first_measured(columns, runs):
             if any(value_of(row, column) is not None for row in rows):
                 return column
     return None
-
 
 def draw_comparison(runs, path):
     """One picture of several runs: runs is a dict name -> rows of metrics.csv.
@@ -445,7 +421,6 @@ def draw_comparison(runs, path):
     draw_names(figure, list(runs))
     save_figure(figure, path)
 
-
 def draw_names(figure, names):
     """One legend for all panels: the runs that have a colour, and how many have none."""
     from matplotlib.lines import Line2D
@@ -455,7 +430,6 @@ def draw_names(figure, names):
     if others > 0:
         handles.append(Line2D([], [], color="0.8", label=f"{others} more"))
     figure.legend(handles=handles, loc="upper center", ncols=len(handles), fontsize=9)
-
 
 def last_figures(runs):
     """The newest figures of each run as a table: lines to print."""
@@ -478,7 +452,6 @@ def last_figures(runs):
         lines.append("  ".join(padded).rstrip())
     return lines
 
-
 def names_of(folders):
     """A short name for each folder: its own name, or the whole path where two have the same."""
     paths = dict.fromkeys(Path(folder) for folder in folders)
@@ -486,11 +459,9 @@ def names_of(folders):
     return {path: name if names.count(name) == 1 else str(path)
             for path, name in zip(paths, names)}
 
-
 def read_runs(folders):
     """Name -> rows of metrics.csv, for each folder."""
     return {name: read_metrics(path) for path, name in names_of(folders).items()}
-
 
 def compare(folders, path, follow):
     """Draw some runs and print their last figures; with follow, redraw until Ctrl-C."""
@@ -508,7 +479,6 @@ def compare(folders, path, follow):
         print()
     print("\n".join(last_figures(runs)))
     print(f"curves: {path}")
-
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2."""
@@ -531,7 +501,6 @@ def main(argv=None):
         sys.exit(130)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
 
 if __name__ == "__main__":
     main()

@@ -278,13 +278,18 @@ def load_checkpoint(out, flag="--out="):
     try:
         checkpoint = unpack(content)
         good = well_formed(checkpoint)
-    except Exception as error:          # a hostile file can make these fail in any way
+    except HOSTILE as error:
         raise ValueError(f"{path} is no checkpoint of this program ({type(error).__name__}): "
                          "train again with another --out") from None
     if not good:
         raise ValueError(f"{path} was written by another version or program: "
                          "use that one, or train with another --out")
     return checkpoint
+
+# how reading a hostile file may fail: each is what an unpickler or a zip archive raises
+HOSTILE = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
+           MemoryError, RuntimeError, TypeError, ValueError, pickle.PickleError,
+           zipfile.BadZipFile)
 
 def unpack(content):
     """What the bytes of a checkpoint hold. Runs no code, and takes no more memory than they do."""

@@ -19,7 +19,6 @@ from labs.records import REPOSITORY, append, file_of, read_rows, replace, result
 # how an arm may fail: bad input, the disk, torch (a process that dies is a RuntimeError too)
 FAILURES = ValueError, OSError, RuntimeError
 
-
 @dataclasses.dataclass
 class Flags:
     """Flags of a lab."""

@@ -153,6 +153,5 @@ def collapse(flags):
     text = table(rows, shown, COLUMNS) + "\n\n" + verdicts(rows, list(ARMS))
     publish("collapse", rows, text, flags.table)
 
-
 if __name__ == "__main__":
     main(collapse)

@@ -15,11 +15,9 @@ BOLD = 'text-anchor="middle" font-weight="bold"'
 SMALL = 'text-anchor="middle" font-size="13"'
 START = 'text-anchor="start"'
 
-
 def words(x, y, text, style='text-anchor="middle"', colour=INK):
     """A line of text, by default centred at x."""
     return f'<text x="{x}" y="{y}" fill="{colour}" {style}>{text}</text>\n'
-
 
 def box(x, y, text, colour):
     """A part of the model around (x, y)."""
@@ -27,18 +25,15 @@ def box(x, y, text, colour):
     return shape + words(x, y + 5, text, 'text-anchor="middle" font-weight="bold" font-size="13.5"',
                          "#ffffff")
 
-
 def latent(x, y):
     """A latent around (x, y): three dots."""
     return "".join(f'<circle cx="{x + shift}" cy="{y}" r="7" fill="{LATENT}"/>\n'
                    for shift in (-18, 0, 18))
 
-
 def line(x, y, to_x, to_y, style='marker-end="url(#tip)"'):
     """A line, by default an arrow."""
     return (f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}" stroke="{INK}" stroke-width="2" '
             f"{style}/>\n")
-
 
 def two_paths(x, read, latents):
     """Phases 1 and 2 around x: a prediction on the left, its target on the right."""
@@ -53,7 +48,6 @@ def two_paths(x, read, latents):
         latent(b, 260), words(b, 292, latents[1]),
         line(a + 34, 260, b - 34, 260, 'stroke-dasharray="4 4"'), words(x, 250, "MSE", BOLD)]
 
-
 def one_path(x):
     """Phase 3 around x."""
     return [
@@ -63,7 +57,6 @@ def one_path(x):
         latent(x, 260), words(x + 36, 265, "thought", START), line(x, 271, x, 287),
         words(x - 116, 312, "[BOS]"), line(x - 92, 307, x - 70, 307),
         box(x, 307, "decoder", TRAINED), line(x, 326, x, 342), words(x, 362, "Rome", BOLD)]
-
 
 def diagram():
     """The whole diagram, a string."""

@@ -33,7 +33,7 @@ import evaluate
 import report
 import train
 from labs.arms import chosen, in_short, main, results, run_arms
-from labs.controls import MASKED_LM, read_gpt
+from labs.controls import MASKED_LM, Reader, read_gpt
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
 from labs.speed import count_flops
@@ -43,7 +43,6 @@ SIZES = dict(large={}, medium=dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
              small=dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2))
 STEPS = 800
 COST = "flops.txt"      # in the folder of a run: its FLOPs before phase 3
-
 
 @dataclasses.dataclass
 class Config(Arm):
@@ -116,8 +115,10 @@ def open_arm(cfg, corpus):
     """A trained arm as a `train.Run`."""
     if cfg.route != "lm":
         return open_run(cfg, corpus)
-    model = torch.load(Path(cfg.out) / "gpt.pt", weights_only=False)
-    return train.Run(plain(cfg), model, corpus, *train.pick_device(cfg))
+    model = Reader(dataclasses.replace(plain(cfg), vocab_size=corpus.tokenizer.vocab_size))
+    model.load_state_dict(torch.load(Path(cfg.out) / "gpt.pt", weights_only=True))
+    device, dtype = train.pick_device(cfg)
+    return train.Run(plain(cfg), model.to(device), corpus, device, dtype)
 
 def open_other(cfg, name, corpus):
     """Another arm of the same seed, as a `train.Run`."""
@@ -132,7 +133,7 @@ def step_flops(run, phase, loss_at):
 def read_as_gpt(cfg, corpus):
     """Phase 1 of a GPT, on the same rows of text. Returns its FLOPs."""
     run = read_gpt(plain(cfg), corpus)
-    torch.save(run.model, Path(cfg.out) / "gpt.pt")
+    torch.save(run.model.state_dict(), Path(cfg.out) / "gpt.pt")
     rows = corpus.train.batch(cfg.batch_size).to(run.device)
     flops = step_flops(run, "pretrain", lambda progress: run.model.pretrain_loss(rows))
     return flops * cfg.pretrain_steps
@@ -277,7 +278,6 @@ TABLES = {
         "DEC held-out, of teacher's": "kept_DEC", "LAT held-out, of teacher's": "kept_LAT"},
 }
 
-
 def distillation(flags):
     """Teachers first, then students, then what a student teaches; then the tables."""
     names, prepare, judge = chosen(flags, ARMS), dataclasses.replace, measure
@@ -294,7 +294,6 @@ def distillation(flags):
     rows = results("distillation", flags)
     text = tables(rows, {title: (ARMS, columns) for title, columns in TABLES.items()})
     publish("distillation", rows, text, flags.table)
-
 
 if __name__ == "__main__":
     main(distillation)

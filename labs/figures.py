@@ -34,7 +34,6 @@ README = REPOSITORY / "README.md"
 # a palette that colour-blind readers can tell apart (Okabe and Ito)
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00"
 
-
 @dataclasses.dataclass
 class Flags:
     """What to draw."""
@@ -46,7 +45,6 @@ class Flags:
     samples: str = ""           # the folder of a run, to be asked
     out: str = "out/figures"    # what --movie recorded; remove the folder to train again
 
-
 def write_block(name, body):
     """Put a text between <!-- name --> and <!-- /name --> in README.md."""
     block = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
@@ -55,7 +53,6 @@ def write_block(name, body):
     if n != 1:
         raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} --> once")
     README.write_text(page, encoding="utf-8")
-
 
 # -- the result: exact match of five systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
@@ -68,7 +65,6 @@ SYSTEMS = {
 }
 COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}
 FLOOR = "commonest DEC answer"
-
 
 def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
@@ -97,7 +93,6 @@ def draw_bars(rows):
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(ASSETS / "facts.png", dpi=110, metadata={"Software": None})
 
-
 def write_table(rows):
     """The table of README.md, from the same rows."""
     lines = [["system, 3 seeds", *COLUMNS]]
@@ -111,14 +106,12 @@ def write_table(rows):
               f"{' and '.join(devices)}.</sub>")
     write_block("results", f"{markdown(lines)}\n\n{source}")
 
-
 # -- transcripts and thumbnails --------------------------------------------------------------------
 ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",
          '--inspect="The capital of France is [Paris]."',
          '--prompt="What is the capital of Trasbonia?"')
 
 SIZE = 420, 200        # pixels of a thumbnail
-
 
 def write_transcript(path):
     """The last lines of train.py's output, with the default folder in place of the run's own."""
@@ -127,7 +120,6 @@ def write_transcript(path):
     text = "\n".join(lines[first:])
     folder = re.search(r"--out=(\S+)$", text)[1]
     write_block("transcript", f"```\n{text.replace(folder, train.Config.out)}\n```")
-
 
 def write_samples(folder):
     """What sample.py answers; its first line, which names the device, is left out."""
@@ -138,7 +130,6 @@ def write_samples(folder):
         said = done.stdout.split("\n", 1)[1].rstrip()
         parts.append(f"$ python sample.py {asked}\n{said}")
     write_block("samples", "```\n" + "\n\n".join(parts) + "\n```")
-
 
 def draw_thumbnails():
     """assets/notebook_N.png: the largest picture among the outputs of each notebook, made small."""
@@ -151,7 +142,6 @@ def draw_thumbnails():
         framed = Image.new("RGB", SIZE, "white")
         framed.paste(picture, ((SIZE[0] - picture.width) // 2, (SIZE[1] - picture.height) // 2))
         framed.save(ASSETS / f"notebook_{path.stem.split('_')[0]}.png", optimize=True)
-
 
 def figures(flags):
     """Draw what the flags ask for."""
@@ -174,7 +164,6 @@ def figures(flags):
         write_transcript(flags.transcript)
     if flags.samples:
         write_samples(flags.samples)
-
 
 if __name__ == "__main__":
     command_line(figures, Flags)

@@ -318,6 +318,5 @@ def hierarchy(flags):
     rows = run_arms("hierarchy", arms, flags, measure)
     publish("hierarchy", rows, page(rows, arms), flags.table)
 
-
 if __name__ == "__main__":
     main(hierarchy)

@@ -349,6 +349,5 @@ def llm_jepa(flags):
     draw_square(rows, Path(flags.out) / "llm_jepa.png")
     publish("llm_jepa", rows, tables(rows, TABLES), flags.table)
 
-
 if __name__ == "__main__":
     main(llm_jepa)

@@ -242,7 +242,6 @@ def write_page(lab):
     write_tables(lab, rows)
     print(f"labs/pages/{lab}.md and .png are written")
 
-
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PLOTS:
         if wanted not in PLOTS:

@@ -395,6 +395,5 @@ def pretraining(flags):
         return
     publish("pretraining", rows, tables(rows, tuned), flags.table)
 
-
 if __name__ == "__main__":
     main(pretraining, Flags)

@@ -18,7 +18,6 @@ from labs.tables import Figure
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLUMNS = ["arm", "seed", "figure", "value", "deviation", "seeds", "commit", "device"]
 
-
 def file_of(lab, flags):
     """The results file of a lab. Figures of --fast mean nothing, so they go beside the runs."""
     if flags.fast:

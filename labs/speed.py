@@ -301,6 +301,5 @@ def speed(flags):
         rows = records.read_rows(records.file_of("speed", flags))
         publish("speed", rows, text_of(rows), flags.table)
 
-
 if __name__ == "__main__":
     arms.main(speed, Flags)

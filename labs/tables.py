@@ -4,7 +4,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 class Figure(NamedTuple):
     """A figure over several seeds. The mean of words is a word; one seed has no deviation."""
     mean: Any
