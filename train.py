@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
