@@ -90,6 +90,8 @@ def plain_output():
         elif isinstance(stream, io.TextIOWrapper):      # a notebook's stream is another one
             stream.reconfigure(errors="replace")
             setattr(sys, name, Output(stream))
+    if sys.stdin is None:                               # closed by the shell: <&-
+        sys.stdin = open(os.devnull, encoding="utf-8")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 

@@ -17,9 +17,11 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -289,8 +291,8 @@ def load_checkpoint(out, flag="--out="):
 
 # how reading a hostile file may fail: each is what an unpickler or a zip archive raises
 HOSTILE = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
-           MemoryError, RuntimeError, TypeError, ValueError, pickle.PickleError,
-           zipfile.BadZipFile)
+           MemoryError, OSError, RuntimeError, TypeError, ValueError, pickle.PickleError,
+           struct.error, zipfile.BadZipFile, zlib.error)
 
 def unpack(content):
     """What the bytes of a checkpoint hold. Runs no code, and takes no more memory than they do."""

@@ -40,8 +40,8 @@ LIMIT = 10              # seconds
 MEMORY = 10 ** 9        # bytes more than the original needs
 QUESTION = "What is the colour of the moss?"
 # of each thousand files
-SHARES = dict(damaged=360, resealed=140, entries=140, config=120, weights=80, tokenizer=60,
-              optimizer=40, log=30, code=20, bombs=10)
+SHARES = dict(damaged=340, resealed=120, entries=140, config=120, weights=80, tokenizer=60,
+              optimizer=40, log=30, code=30, bombs=40)
 
 
 # -- damage: bytes that changed by accident --------------------------------------------------------
@@ -285,7 +285,13 @@ def bombs(rng, base):
     # protocol 2 writes a number of 2 bytes as M, one of 4 as J
     at = data.rindex(b"M", 0, data.index(b"cpu") + 200)
     claims = data[:at] + b"J" + struct.pack("<i", 2 ** 28) + data[at + 3:]
+    cut = data[:rng.randrange(len(data))]
+    noise = bytearray(data)
+    for _ in range(20):
+        noise[rng.randrange(200)] = rng.randrange(256)
     what, made = rng.choice((
+        ("pickle cut", lambda: rezip(base, **{"data.pkl": cut})),
+        ("pickle noise", lambda: rezip(base, **{"data.pkl": bytes(noise)})),
         ("compressed", lambda: rezip(base, zipfile.ZIP_DEFLATED)),
         ("2 GB of zeros", lambda: rezip(base, zipfile.ZIP_DEFLATED, **{"0": bytes(2 ** 31)})),
         ("1 GB of pickle", lambda: rezip(base, zipfile.ZIP_DEFLATED, **{

@@ -427,6 +427,19 @@ def test_a_checkpoint_is_not_unpacked_beyond_its_size(copy, refused, packed):
     assert "no checkpoint of this program" in refused("--resume", f"--out={copy}")
 
 
+@pytest.mark.parametrize("pickled", [
+    b"", b"\x80\x02", b"\x80\x02G123", b"\x80\x02h\x09.", b"(" * 999])
+def test_a_checkpoint_that_is_no_pickle_is_refused(copy, refused, pickled):
+    """Its zip and all checksums are right; G is a number of 8 bytes, of which 3 are there."""
+    content = train.unseal((copy / "ckpt.pt").read_bytes(), copy)
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("data.pkl") else old.read(name))
+    (copy / "ckpt.pt").write_bytes(train.seal(made.getvalue()))
+    assert "no checkpoint of this program" in refused("--resume", f"--out={copy}")
+
+
 # -- what goes wrong while a run goes on -----------------------------------------------------------
 def test_a_full_disk_keeps_the_last_checkpoint(world, refused, tmp_path, monkeypatch):
     """Written beside and renamed: the old file stays whole."""

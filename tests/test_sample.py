@@ -282,6 +282,13 @@ def test_a_conversation_survives_a_bad_question(runs, monkeypatch, capsys):
     assert out.splitlines()[-1].startswith("Volkswagen")
 
 
+def test_a_conversation_ends_where_standard_input_is_closed(runs, monkeypatch, capsys):
+    """As with `sample.py <&-`: Python then has no sys.stdin."""
+    monkeypatch.setattr("sys.stdin", None)
+    sample.main([f"--out={runs['speak']}"])
+    assert "Ask a question" in capsys.readouterr().out
+
+
 def test_ctrl_c_is_no_error(runs, monkeypatch, capsys):
     """Exit code 130, as shells expect it, and no traceback."""
     def interrupted(prompt):
