@@ -3,8 +3,11 @@ Execute the notebooks at full size and write their outputs in place.
 
     python notebooks/execute.py                 all of them, one after the other
     python notebooks/execute.py 1_collapse      one of them, by the beginning of its name
+
+What an earlier execution left in out/notebook_1 and so on is removed first.
 """
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -58,6 +61,8 @@ def main(names):
     if not paths:
         sys.exit(f"no notebook in {FOLDER} begins with {' or '.join(names)}")
     for path in paths:
+        # a run that finds an older one in its folder says so: outputs would differ
+        shutil.rmtree(FOLDER.parent / "out" / f"notebook_{path.name[0]}", ignore_errors=True)
         started = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         execute(notebook)
