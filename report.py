@@ -19,6 +19,7 @@ import torch
 import evaluate
 import flags
 import tjepa
+from data.inputs import printable
 
 PHASES = ("pretrain", "distill", "speak")
 HIGHLIGHTED = 5     # more coloured lines than this cannot be told apart in one panel
@@ -93,7 +94,7 @@ def newest(rows):
 def read_metrics(folder):
     """The rows of folder/metrics.csv as dicts of numbers and words; ValueError if it is damaged."""
     path = Path(folder) / "metrics.csv"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"no metrics.csv in {folder}: give the folder of a run, as in out/tjepa")
     try:
         text = path.read_text(encoding="utf-8")
@@ -124,9 +125,14 @@ def read_metrics(folder):
 def read_cell(path, number, name, cell):
     """One cell of metrics.csv as a number or a word."""
     if name in ("phase", "health"):
-        return cell
+        return printable(cell)
     try:
-        return int(cell) if name == "step" else float(cell)
+        if name != "step":
+            return float(cell)
+        step = int(cell)
+        if not 0 <= step <= 10 ** 9:
+            raise ValueError("no step")
+        return step
     except ValueError:
         raise ValueError(f"{path} is damaged: line {number}, {name}: "
                          f"'{cell[:40]}' is not a number") from None
@@ -439,7 +445,7 @@ def last_figures(runs):
 
     table = [["run", "phase", "step", *columns, "health"]]
     for name, last in figures.items():
-        cells = [name, last["phase"], str(last["step"])]
+        cells = [printable(name, None), last["phase"], str(last["step"])]
         for column in columns:
             value = value_of(last, column)
             cells.append("-" if value is None else f"{value:.3f}")
@@ -455,7 +461,8 @@ def last_figures(runs):
 def names_of(folders):
     """A short name for each folder: its own name, or the whole path where two have the same."""
     paths = dict.fromkeys(Path(folder) for folder in folders)
-    names = [path.resolve().name for path in paths]
+    # not resolve(): it fails where links go round in a circle
+    names = [Path(os.path.abspath(path)).name for path in paths]
     return {path: name if names.count(name) == 1 else str(path)
             for path, name in zip(paths, names)}
 

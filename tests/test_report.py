@@ -1,6 +1,7 @@
 """The log, the curves, the comparison of runs, and the flags that describe a run."""
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -195,12 +196,21 @@ def test_a_row_that_is_still_being_written_is_not_read(tmp_path):
     (b"a,b\n1,2\n", "phase,step"), (b"phase,step,loss\n", "no rows"),
     (b"phase,step,loss\npretrain,1\n", "line 2"), (b"phase,step,loss\nsing,1,2\n", "line 2"),
     (b"phase,step,loss\npretrain,1,x\n", "'x' is not a number"),
-    (b"phase,step\npretrain,\n", "line 2")])
+    (b"phase,step\npretrain,\n", "line 2"), (b"phase,step\npretrain,-1\n", "line 2"),
+    (b"phase,step\npretrain," + b"9" * 400 + b"\n", "line 2")])
 def test_a_damaged_log_is_one_line(tmp_path, capsys, content, words):
     if content is not None:
         (tmp_path / "metrics.csv").write_bytes(content)
     out = f"--out={tmp_path / 'curves.png'}"
     assert words in refused(capsys, report.main, [str(tmp_path), out])
+
+
+def test_a_log_that_never_ends_and_links_in_a_circle_are_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.csv")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    out = f"--out={tmp_path / 'curves.png'}"
+    for folder in (tmp_path, tmp_path / "circle"):
+        assert "no metrics.csv" in refused(capsys, report.main, [str(folder), out])
 
 
 def test_a_picture_needs_a_name_of_a_picture(tmp_path, capsys):
