@@ -587,7 +587,8 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     INTERRUPTS.deferred = True
     clock, timed = time.perf_counter(), start
     for step in range(start, steps):
-        # Every random draw follows from the seed and the step: a resumed run draws the same.
+        # Every random draw follows from the seed and the step (at most 10**9 a phase): a resumed
+        # run draws the same.
         torch.manual_seed((cfg.seed * len(PHASES) + PHASES.index(phase)) * 10 ** 9 + step)
 
         # learning rate; a round of phase 2 begins with a fresh optimizer
@@ -598,7 +599,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # forward and backward, in parts if --accum asks for it
+        # forward and backward; --accum calls of loss_at use up one batch
         for _ in range(cfg.accum):
             with run.autocast():
                 loss, stats = loss_at(step / steps)
