@@ -1,4 +1,10 @@
 """Fixtures of several files: no curves are drawn, and one whole run is shared."""
+import os
+
+# Models of toy size are faster with one thread, and a busy machine cannot make two wait for each
+# other. Set before torch is imported; processes and kernels that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 import report
