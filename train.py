@@ -1002,6 +1002,8 @@ def train_phases(opened):
     keep_previous = not cfg.resume and begun_anew(out, phases)
     if checkpoint:                      # a run that was killed may have left an older one
         write_config(out, checkpoint["config"])
+    if cfg.resume:                      # the same for its log, if nothing is left to train
+        log.flush()
 
     # what every checkpoint of this run contains, besides its progress
     state = dict(format=FORMAT, config=dataclasses.asdict(cfg), corpus=run.corpus.fingerprint,

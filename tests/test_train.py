@@ -359,12 +359,15 @@ def test_a_phase_that_was_stopped_and_begun_anew_keeps_the_run_that_had_ended(wo
     assert (out / train.PREVIOUS).read_bytes() == ended
 
 
-def test_a_resumed_run_repairs_its_config_json(world, tmp_path):
-    """A process that was killed between the two files leaves that of an older run."""
+def test_a_resumed_run_repairs_its_config_json_and_its_log(world, tmp_path):
+    """A process that was killed between two files leaves older ones."""
     out = shutil.copytree(world.cfg.out, tmp_path / "run")
     (out / "config.json").write_text("{}")
+    rows = (out / "metrics.csv").read_text()
+    (out / "metrics.csv").write_text(rows[:len(rows) // 2])
     train.run(train.resolve(dict(resume=True, out=str(out))))
     assert json.loads((out / "config.json").read_text())["seed"] == world.cfg.seed
+    assert (out / "metrics.csv").read_text() == rows
 
 
 def test_a_copied_folder_is_a_run_of_its_own(world, tmp_path, monkeypatch):
