@@ -1002,7 +1002,7 @@ def train_phases(opened):
     keep_previous = not cfg.resume and begun_anew(out, phases)
     if checkpoint:                      # a run that was killed may have left an older one
         write_config(out, checkpoint["config"])
-    if cfg.resume:                      # the same for its log, if nothing is left to train
+    if cfg.resume and checkpoint["evaluated"]:      # else its last row is not complete yet
         log.flush()
 
     # what every checkpoint of this run contains, besides its progress

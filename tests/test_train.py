@@ -368,6 +368,11 @@ def test_a_resumed_run_repairs_its_config_json_and_its_log(world, tmp_path):
     train.run(train.resolve(dict(resume=True, out=str(out))))
     assert json.loads((out / "config.json").read_text())["seed"] == world.cfg.seed
     assert (out / "metrics.csv").read_text() == rows
+    saved = train.load_checkpoint(out)
+    last = {name: value for name, value in saved["rows"][-1].items() if name[:2] != "em"}
+    train.save_checkpoint(out, saved | dict(evaluated=False, rows=[*saved["rows"][:-1], last]))
+    train.run(train.resolve(dict(resume=True, out=str(out))))
+    assert (out / "metrics.csv").read_text() == rows
 
 
 def test_a_copied_folder_is_a_run_of_its_own(world, tmp_path, monkeypatch):
