@@ -125,7 +125,8 @@ def full_disks(folder):
             except AssertionError as error:
                 said = f"WRONG: {error}"
             finally:
-                subprocess.run(["umount", disk], check=True)
+                # -l: also where something on the machine still looks into it
+                subprocess.run(["umount", "-l", disk], check=True)
             print(f"full at write {number} of {name}, {left} bytes left: {said}", flush=True)
     return attempts, right
 
