@@ -148,12 +148,13 @@ def by_split(questions, name, score):
                 figures[f"{name}_{split}{suffix}"] = score[rows].float().mean().item()
     return figures
 
-def recall(run, questions, table, size=4096):
+def recall(run, questions, table, cells=2 ** 24):
     """R@1 and MRR of the thought among the answers of its relation; and `abstention`.
 
-    table (A, D): the latents of all answers, in the units of thoughts. `size` questions are
-    compared at a time, so that many answers do not need much memory.
+    table (A, D): the latents of all answers, in the units of thoughts. So many questions are
+    compared at a time that their distances to the answers are `cells` numbers, 64 MB, at most.
     """
+    size = max(1, cells // len(table))
     thoughts = think_all(run, questions.tokens)
     ranks, nearest = [], []
     for rows in torch.arange(len(questions.rows)).split(size):

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import struct
 import sys
@@ -323,8 +322,7 @@ def well_formed(checkpoint):
     """Has a loaded checkpoint the parts, types and finite numbers that this program writes?"""
     if not isinstance(checkpoint, dict) or not is_a(checkpoint.get("format"), int):
         return False
-    # the first files of format 3 have no shape
-    if checkpoint["format"] != FORMAT or set(checkpoint) | {"shape"} != set(CONTENTS):
+    if checkpoint["format"] != FORMAT or set(checkpoint) != set(CONTENTS):
         return False
     if not all(is_a(value, CONTENTS[name]) for name, value in checkpoint.items()):
         return False
@@ -335,8 +333,7 @@ def well_formed(checkpoint):
     numbers = {float: float | int}      # a flag like --sigreg=1 stores an int
     if not all(is_a(config[name], numbers.get(kind, kind)) for name, kind in fields.items()):
         return False
-    shape = shape_of(config, checkpoint["tokenizer"])
-    if checkpoint.get("shape", shape) != shape:
+    if checkpoint["shape"] != shape_of(config, checkpoint["tokenizer"]):
         return False
     weights = checkpoint["model"]
     if not all(is_a(name, str) and is_plain(value) for name, value in weights.items()):

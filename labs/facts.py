@@ -3,8 +3,7 @@ Do facts taught in latent space become speech? Teachers, memories and controls.
 
     python -m labs.facts --jobs=4               3 seeds of each arm; most arms share phase 1
     python -m labs.facts --arms="GPT,echo=0"    these arms, and first the arms that they start from
-    python -m labs.facts --seeds=0              no run, the tables of the lab's page;
-                                                with --table=README.md those of the first page
+    python -m labs.facts --seeds=0              no run, the tables of the lab's page
     python -m labs.facts --fast                 a few steps of each kind of arm: does it run?
 
 Expected before the first run: a random-init encoder is strong in the phrasings that were taught and
@@ -300,36 +299,8 @@ ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 FAST = ("recipe=latent", "masked LM", "teacher letters (300 wide)", "shuffled L_a", "both", "GPT",
         "LAT told as tokens", "GPT told LAT too", "commonest DEC answer", "A then B")
 
-# -- the tables ------------------------------------------------------------------------------------
+# -- running --------------------------------------------------------------------------------------
 
-def by_phrasing(figure, *splits, title=""):
-    """Columns: a figure by split and phrasing."""
-    columns = {}
-    for split in splits:
-        columns[f"{title}{split} trained"] = f"{figure}_{split}"
-        columns[f"{title}{split} held-out"] = f"{figure}_{split}_heldout"
-    return columns
-
-def some(*names):
-    """Some of the arms."""
-    return {name: ARMS[name] for name in names}
-
-PHASE_1 = {"R2": "val_r2", "rank": "rank", "health": "health",
-           "capital by energy (chance .025)": "cloze_capital",
-           "among all of the world (.0055)": "cloze_capital_all"}
-R1 = by_phrasing("r1", "DEC", "LAT", title="R@1 ")
-EM = by_phrasing("em", "DEC", "LAT", "TXT") | {"memory shuffled": "em_shuffled"}
-NEVER = {"answered with I don't know": "abstain", "AUROC": "auroc"}
-FRONT = some("default", "default reads three times as long", "recipe=latent",
-             "latent with wide predictor", "recipe=paper", "random-init encoder",
-             "default from random-init encoder")
-SAID = some("GPT", "GPT reads three times as long", "commonest DEC answer")
-FIRST = {                   # of the first page: title -> (arms, columns)
-    "Phase 1": (FRONT, PHASE_1),
-    "R@1 of the thought after phase 2": (FRONT, R1),
-    "Exact match of greedy speech": (FRONT | SAID, EM),
-    "Invented subjects, at the threshold that keeps 95 % of DEC held-out": (FRONT, NEVER),
-}
 def quietly(measure, cfg):
     """`measure` without its output: after a few steps figures mean nothing."""
     with redirect_stdout(None):
@@ -364,12 +335,11 @@ def page_tables(lab, rows):
     return tables(rows, {title: (part["arms"], part["columns"]) for title, part in parts.items()})
 
 def facts(flags):
-    """Run the arms; print the tables of the lab's page, or write those of README.md into it."""
+    """Run the arms; print the tables of the lab's page."""
     data.load(Config())         # writes the corpus if it is missing: once, before processes start
     rows = run_lab("facts", ARMS, flags, measure, FAST)
     if rows is not None:
-        text = tables(rows, FIRST) if flags.table else page_tables("facts", rows)
-        publish("facts", rows, text, flags.table)
+        publish("facts", rows, page_tables("facts", rows), flags.table)
 
 if __name__ == "__main__":
     main(facts)

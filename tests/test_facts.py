@@ -69,10 +69,9 @@ def test_arms_read_and_are_taught_as_much_as_their_names_say():
         assert (cfg.shift == 10) == name.startswith("lever "), name
 
 
-def test_the_tables_of_the_page_and_of_the_first_page_show_arms_of_the_lab():
+def test_the_tables_of_the_page_show_arms_of_the_lab():
     page = json.loads(Path("labs/pages/tables.json").read_text())["facts"]
     shown = {name for part in page.values() for name in part["arms"]}
-    shown |= {name for part, _ in facts.FIRST.values() for name in part}
     assert shown <= set(facts.ARMS)
 
 
@@ -114,7 +113,7 @@ def test_shared_phases_are_bit_identical_and_the_decoder_is_new(tmp_path, capsys
     latent = next(row for row in rows if row["arm"] == "recipe=latent")
     page = json.loads(Path("labs/pages/tables.json").read_text())["facts"]
     shown = [part["columns"] for part in page.values()]
-    for columns in shown + [columns for _, columns in facts.FIRST.values()]:
+    for columns in shown:
         assert not set(columns.values()) - set(latent)
 
 
