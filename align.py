@@ -105,7 +105,7 @@ def align(run):
     reads_text = "tokens" in parts or "pooled" in parts
     run.teacher.model.to(run.device).requires_grad_(False)
     taught = questions.where("DEC", "LAT", phrasing="trained")
-    held_out = questions.only("heldout")
+    held_out = questions.only("heldout", "typed")
     if reads_text:
         torch.manual_seed(0)            # the same rows when a run is resumed
         rows = run.corpus.train.batch(512).to(run.device)
@@ -142,7 +142,7 @@ def align(run):
             counts = mask.flatten() if part == "tokens" else torch.ones_like(target[:, 0])
             fits.append(tjepa.r_squared(mine, target, counts))
         r2 = sum(fits) / len(fits)
-        return 1 - r2, dict(latent=1 - r2.detach(), r2=r2.detach())
+        return 1 - r2, dict(latent=1 - r2.detach())
 
     def measure(whole):
         """Figures of the thoughts, as in `train.distill`."""

@@ -10,16 +10,24 @@ What the figures mean: one definition each, in one place.
     r1, mrr     recall at 1 (R@1) and mean reciprocal rank of the thought among the answers
                 of its relation
     em          exact match of greedy speech with the answer; over-generation counts as wrong
-    threshold, abstain, auroc                   "I don't know": `abstention`
+    sure        the same, and the thought is within the threshold: what sample.py says
+    threshold, abstain, abstain_typing, abstain_nonsense, auroc     "I don't know": `abstention`
 
-A fact's split (DEC, LAT, TXT, NEVER) says how it was taught; see data/facts.
+R@1, MRR, EM and sure are given by split and phrasing: em_LAT are trained wordings, em_LAT_heldout
+those that were never trained on, and so on (PHRASINGS; data/facts/prepare.py says what they are).
+
+A fact's split says how it was taught: DEC, LAT, TXT, NEVER (data/facts), NEW (--phase=teach).
 n is a number of rows, A of answers, T of tokens, S of spans; C and D are latent widths.
 """
 import torch
 
 import tjepa
 
-SPLITS = ("DEC", "LAT", "TXT")
+SPLITS = ("DEC", "LAT", "TXT", "NEW")
+# how a question is worded -> what is added to the name of a figure
+PHRASINGS = dict(trained="", heldout="_heldout", typed="_typed", natural="_natural",
+                 lower="_lower", no_mark="_no_mark", typo="_typo")
+TYPING = ("lower", "no_mark", "typo")       # the noise of the test
 
 # -- phase 1: the text -----------------------------------------------------------------------------
 @torch.no_grad()
@@ -142,7 +150,7 @@ def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""
     figures = {}
     for split in SPLITS:
-        for phrasing, suffix in (("trained", ""), ("heldout", "_heldout")):
+        for phrasing, suffix in PHRASINGS.items():
             rows = questions.where(split, phrasing=phrasing)
             if len(rows):
                 figures[f"{name}_{split}{suffix}"] = score[rows].float().mean().item()
@@ -170,33 +178,46 @@ def recall(run, questions, table, cells=2 ** 24):
     mrr = by_split(questions, "mrr", 1 / rank)
     return r1 | mrr | abstention(questions, torch.cat(nearest))
 
+def threshold_of(questions, distance):
+    """How far a thought may lie from the nearest known concept before it is called unknown.
+
+    distance: (n,). The threshold keeps 95 % of the DEC questions in wordings that were never
+    trained on, half of them with the noise of phase 2. Without such wordings it keeps all that
+    were taught; the margin is for rounding: asked alone, or in bf16, a distance differs a little.
+    """
+    known = questions.where("DEC", phrasing=("heldout", "typed"))
+    if len(questions.where("DEC", phrasing="heldout")):
+        return distance[known].quantile(0.95).item()
+    taught = questions.where("DEC", "NEW", phrasing="trained")
+    return 1.05 * distance[torch.cat((taught, known))].amax().item()
+
+def nearest_concept(run, latent, size=4096):
+    """Distance of each thought (n, D) to the nearest concept, (n,), and the concept's number."""
+    parts = [torch.cdist(rows, run.concepts).min(1) for rows in latent.split(size)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
 def abstention(questions, distance):
     """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
 
-    threshold   keeps 95 % of the DEC questions in held-out phrasing
-    abstain     share of NEVER questions beyond the threshold
-    auroc       chance that a NEVER question lies farther away than such a DEC question
+    threshold           see `threshold_of`
+    abstain             share of NEVER questions beyond it, in held-out wordings if there are any
+    abstain_typing      the same with the noise of the test
+    abstain_nonsense    share of the lines of nonsense beyond it
+    auroc               chance that a NEVER question lies farther away than a DEC question of the
+                        same wording
     """
-    heldout = questions.where("DEC", phrasing="heldout")
-    if len(heldout):
-        phrasing = "heldout"
-        known = distance[heldout]
-        threshold = known.quantile(0.95)
-    else:
-        # There is only one phrasing, and all of its questions were taught: keep them all. The
-        # margin is for rounding: asked alone, or in bf16, a question's distance differs a little
-        # from the one in a batch.
-        phrasing = "trained"
-        known = distance[questions.where("DEC", phrasing="trained")]
-        threshold = 1.05 * known.amax()
-    figures = {"threshold": threshold.item()}
-
-    never = questions.where("NEVER", phrasing=phrasing)
-    if len(never):
-        unknown = distance[never]
-        beyond = unknown > figures["threshold"]
+    figures = {"threshold": threshold_of(questions, distance)}
+    beyond = (distance > figures["threshold"]).float()
+    usual = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
+    wordings = {"abstain": usual, "abstain_typing": TYPING, "abstain_nonsense": "nonsense"}
+    for name, phrasing in wordings.items():
+        never = questions.where("NEVER", phrasing=phrasing)
+        if len(never):
+            figures[name] = beyond[never].mean().item()
+    known = distance[questions.where("DEC", phrasing=usual)]
+    unknown = distance[questions.where("NEVER", phrasing=usual)]
+    if len(unknown):
         farther = unknown[:, None] > known                                      # (NEVER, DEC)
-        figures["abstain"] = beyond.float().mean().item()
         figures["auroc"] = farther.float().mean().item()
     return figures
 
@@ -213,7 +234,7 @@ def say(run, thoughts, size=512):
     return said
 
 def exact_match(run, questions, thoughts):
-    """EM by split and phrasing; and em_shuffled, the control.
+    """EM and sure by split and phrasing; and em_shuffled, the control.
 
     em_shuffled: EM over DEC and LAT when each thought is replaced by another question's. If it
     were high, the decoder would not need the thought.
@@ -226,7 +247,10 @@ def exact_match(run, questions, thoughts):
         equal = [said == answer for said, answer in zip(say(run, thoughts), answers)]
         return torch.tensor(equal, device=run.device)
 
-    figures = by_split(questions, "em", matches(thoughts))
+    right = matches(thoughts)
+    distance = nearest_concept(run, thoughts.latent)[0]
+    known = distance <= threshold_of(questions, distance)
+    figures = by_split(questions, "em", right) | by_split(questions, "sure", right & known)
 
     # the same permutation at every evaluation
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ import flags
 import tjepa
 from data.inputs import printable
 
-PHASES = ("pretrain", "distill", "speak")
+PHASES = ("pretrain", "distill", "speak", "teach")
 HIGHLIGHTED = 5     # more coloured lines than this cannot be told apart in one panel
 PAUSE = 10          # seconds between two pictures of --follow
 
@@ -34,14 +34,15 @@ class Log:
     tokens and tok_s count tokens of text in phase 1, and questions in phases 2 and 3.
     """
     COLUMNS = (
-        "phase step tokens loss latent sigreg vicreg mlm token r2 lr tau alpha grad tok_s "
+        "phase step tokens loss latent sigreg vicreg mlm token lr tau alpha grad tok_s "
         "val_r2 std rank bound cos cos_centred pos hit1 chance health "
         "cloze_capital cloze_capital_chance cloze_capital_all cloze_capital_all_chance "
-        "r1_DEC r1_DEC_heldout r1_LAT r1_LAT_heldout r1_TXT r1_TXT_heldout "
-        "mrr_DEC mrr_DEC_heldout mrr_LAT mrr_LAT_heldout mrr_TXT mrr_TXT_heldout "
-        "em_DEC em_DEC_heldout em_LAT em_LAT_heldout em_TXT em_TXT_heldout em_shuffled "
-        "threshold abstain auroc"
-    ).split()
+    ).split() + [
+        f"{figure}_{split}{suffix}"
+        for figure in ("r1", "mrr", "em", "sure")
+        for split in evaluate.SPLITS
+        for suffix in evaluate.PHRASINGS.values()
+    ] + "em_shuffled threshold abstain abstain_typing abstain_nonsense auroc".split()
 
     def __init__(self, out, rows):
         self.path = Path(out) / "metrics.csv"
@@ -162,9 +163,7 @@ PANELS = (
     ), begins=1, scale="log"),
     # a random start is far below 0: shown whole, it would flatten what differs above
     Panel("R2: 0 = no better than the mean", "R2 (cut off below -0.2)", (
-        Line("phase 1: training text", "r2", "pretrain"),
         Line("phase 1: held-out text", "val_r2", "pretrain"),
-        Line("phase 2: training questions", "r2", "distill"),
     ), begins=1, y_range=(-0.2, 1)),
     Panel("spread: std x rank / bound", "share of the bound", (
         Line("spread", "spread"),

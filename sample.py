@@ -20,9 +20,9 @@ import torch
 
 import evaluate
 import tjepa
-from data import Tokenizer, printable
+from data import Tokenizer, plain, printable
 from flags import plain_output, read_flags
-from train import PHASES, Config, Run, build, load_checkpoint, pick_device
+from train import EVERY, Config, Run, build, load_checkpoint, pick_device
 
 @dataclasses.dataclass
 class Flags:
@@ -69,9 +69,9 @@ def require(session, phase):
     out, checkpoint = session.flags.out, session.checkpoint
     lacks, works = dict(distill=("knows no answers", "a text with one [span] in brackets"),
                         speak=("cannot speak", "your question"))[phase]
-    reached = PHASES.index(checkpoint["phase"]) + (checkpoint["step"] > 0)
+    reached = EVERY.index(checkpoint["phase"]) + (checkpoint["step"] > 0)
     untaught = checkpoint["answers"] is None or checkpoint["threshold"] is None
-    if reached <= PHASES.index(phase) or untaught:
+    if reached <= EVERY.index(phase) or untaught:
         raise ValueError(
             f"the run in --out={out} {lacks} yet: run `python train.py --phase={phase} "
             f'--out={out}` first; --inspect="{works}" works already')
@@ -81,8 +81,8 @@ def think(session, question, source):
 
     source: the flag that the question came from, for error messages.
     """
-    run, ids = session.run, session.tokenizer.encode(question.strip())
-    if not ids:
+    run, ids = session.run, session.tokenizer.encode(" " + plain(question))
+    if not question.strip():
         raise ValueError(f'{source} is empty: write a question, as in {source}="What is the '
                          'capital of France?"')
     if len(ids) > run.cfg.block_size:
@@ -111,17 +111,21 @@ def pieces(session, thought):
         shown = len(text.strip())
 
 def answer(session, question, source):
-    """Print the answer as it is produced, or "I don't know" if no concept is near the thought."""
+    """Print the answer as it is produced, or "I don't know" if no concept is near the thought.
+
+    Behind it stands the nearest concept: what the question was taken for, and how far away it is.
+    """
     thought, distance = think(session, question, source)
     near, threshold = distance.min().item(), session.checkpoint["threshold"]
+    concept = printable(session.checkpoint["answers"][distance.argmin()], None)
+    found = f"(nearest: {concept}, at {near:.1f} of {threshold:.1f}"
     if near > threshold and not session.flags.always_answer:
-        print(f"I don't know   (nearest concept at {near:.1f}, threshold {threshold:.1f}; "
-              "--always_answer speaks anyway)")
+        print(f"I don't know   {found}; --always_answer speaks anyway)")
         return
     with session.run.autocast():
         for piece in pieces(session, thought):
             print(printable(piece, None), end="", flush=True)
-    print(f"   (distance {near:.1f} of {threshold:.1f})")
+    print(f"   {found})")
 
 def converse(session):
     """Question after question. One that cannot be asked is no reason to stop."""

@@ -122,36 +122,46 @@ def rotate(x, rope):
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (..., T, hs/2)
     return torch.view_as_real(pairs * rope).flatten(-2)
 
+def additive(mask):
+    """Bool (B, M), True where a token may be attended to -> 0 there, else -inf: (B, 1, 1, M).
+
+    Attention adds it to its logits. It is made once for all blocks.
+    """
+    return mask.float().log()[:, None, None]
+
 def split_heads(x, n_head):
     """(B, T, C) -> (B, nh, T, hs)."""
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 def attend(q, k, v, mask=None, causal=False):
     """Scaled dot-product attention: q (B, nh, Tq, hs), k and v (B, nh, Tk, hs) -> (B, Tq, C)."""
-    # On a GPU autocast casts these back to bf16. On a CPU they stay fp32: the backward of
-    # attention in bf16 was measured 20 times slower.
+    # On a CPU in fp32, whatever autocast says: the backward in bf16 was measured 20 times slower.
     with torch.autocast("cpu", enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
+        if v.is_cpu:
+            q, k, v = q.float(), k.float(), v.float()
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return y.transpose(1, 2).flatten(2)
 
 class KVCache:
-    """Keys and values of one self-attention for the tokens read so far, (B, nh, T, hs) each."""
+    """Keys and values of one self-attention for the tokens read so far; room for `size` tokens."""
 
-    def __init__(self):
-        self.keys = None
-        self.values = None
+    def __init__(self, size):
+        self.size = size
+        self.length = 0
+        self.keys = self.values = None      # (B, nh, size, hs), made by the first tokens
 
     def append(self, k, v):
-        """Add the keys and values of the newest tokens; returns those of all tokens."""
-        if self.keys is not None:
-            k = torch.cat((self.keys, k), dim=2)
-            v = torch.cat((self.values, v), dim=2)
-        self.keys, self.values = k, v
-        return k, v
+        """Add k and v (B, nh, T, hs) of the newest tokens; returns those of all tokens."""
+        if self.keys is None:
+            B, nh, _, hs = k.shape
+            self.keys, self.values = (x.new_empty(B, nh, self.size, hs) for x in (k, v))
+        begin, self.length = self.length, self.length + k.size(2)
+        self.keys[:, :, begin:self.length] = k
+        self.values[:, :, begin:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
     def __len__(self):
-        return 0 if self.keys is None else self.keys.size(2)
+        return self.length
 
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions."""
@@ -165,13 +175,13 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, causal=False, cache=None, n_last=None):
         """x (B, T, C) -> (B, T, C).
 
-        mask: bool (B, 1, 1, T), True where a token may be attended to.
+        mask: what `additive` makes of the tokens that may be attended to, (B, 1, 1, T).
         n_last: only the last n_last tokens attend, (B, n_last, C); the others are only attended to.
         """
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q = rotate(split_heads(q, self.n_head), rope)                   # (B, nh, T, hs)
-        k = rotate(split_heads(k, self.n_head), rope)
-        v = split_heads(v, self.n_head)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))           # (B, T, 3, nh, hs)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                # (2 or 1, B, nh, T, hs)
+        q, k = rotate(qk, rope)                                         # (B, nh, T, hs) each
+        v = v.squeeze(0)
         if cache is not None:
             k, v = cache.append(k, v)
         if n_last is not None:
@@ -182,7 +192,7 @@ class Memory(NamedTuple):
     """What one cross-attention reads. It is the same for every token, so it is computed once."""
     keys: torch.Tensor      # (B, nh, M, hs)
     values: torch.Tensor    # (B, nh, M, hs)
-    mask: torch.Tensor      # (B, 1, 1, M) True where a slot may be read
+    mask: torch.Tensor | None   # (B, 1, 1, M) from `additive`; None: every slot is read
 
 class CrossAttention(nn.Module):
     """Multi-head attention from the tokens of the decoder to the slots of a memory."""
@@ -195,10 +205,9 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def memory(self, slots, mask):
-        """Slots (B, M, C), mask bool (B, M) -> `Memory`."""
+        """Slots (B, M, C) -> `Memory`; mask: from `additive`, or None."""
         k, v = self.kv(slots).chunk(2, dim=-1)
-        k, v = split_heads(k, self.n_head), split_heads(v, self.n_head)
-        return Memory(k, v, mask[:, None, None])
+        return Memory(split_heads(k, self.n_head), split_heads(v, self.n_head), mask)
 
     def forward(self, x, memory):
         """x (B, T, C) -> (B, T, C)."""
@@ -225,7 +234,9 @@ class Block(nn.Module):
     def forward(self, x, rope, mask=None, causal=False, cache=None, memory=None, n_last=None):
         """x (B, T, C) -> (B, T, C), or (B, n_last, C). Arguments as in `Attention`."""
         y = self.attn(self.norm_attn(x), rope, mask, causal, cache, n_last)
-        x = x[:, -y.size(1):] + y                       # with n_last, only the last tokens go on
+        if n_last is not None:                          # only the last tokens go on
+            x = x[:, -n_last:]
+        x = x + y
         if memory is not None:
             x = x + self.cross(self.norm_cross(x), memory)
         return x + self.mlp(self.norm_mlp(x))
@@ -244,22 +255,26 @@ class Encoder(nn.Module):
         rope = rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head)
         self.register_buffer("rope", rope, persistent=False)
 
-    def forward(self, tokens, positions, mask=None, top_k=1):
+    def forward(self, tokens, positions, mask=None, top_k=1, n_last=None):
         """tokens (B, T) at positions (B, T) or (T,), mask bool (B, T) -> latents (B, T, C).
 
         The latents are the mean of the last top_k layers, each layer-normed. The context
         encoder's output is its last layer (top_k=1); the target is the mean of the last
-        cfg.top_k layers of the target encoder.
+        cfg.top_k layers of the target encoder. n_last: latents of the last n_last tokens alone,
+        (B, n_last, C); only they pass through the last block.
         """
         rope = self.rope[positions].unsqueeze(-3)       # (B, 1, T, hs/2) or (1, T, hs/2): all heads
-        if mask is not None:
-            mask = mask[:, None, None]                  # (B, 1, 1, T)
+        mask = None if mask is None else additive(mask)
+        asked = slice(None) if n_last is None else slice(-n_last, None)
         x = self.embed(tokens)                          # (B, T, C)
         layers = []
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rope, mask)
-            layers.append(x)
-        return sum(norm(x) for x in layers[-top_k:]) / top_k
+            layers.append(x[:, asked])
+        layers.append(self.blocks[-1](x, rope, mask, n_last=n_last))
+        if top_k == 1:
+            return norm(layers[-1])
+        return norm(torch.stack(layers[-top_k:])).mean(0)
 
 # -- masking ---------------------------------------------------------------------------------------
 
@@ -316,42 +331,40 @@ def sample_spans(tokens, word_start, cfg):
     return torch.where(removed, span_ids.clamp(max=S - 1), S)
 
 class Spans(NamedTuple):
-    """Which tokens stay, which are removed, and which removed tokens form a span."""
-    context: torch.Tensor       # (B, T-K) positions of the tokens that the context encoder reads
-    context_mask: torch.Tensor  # (B, T-K) False where that token is padding
-    removed: torch.Tensor       # (B, K) positions of the removed tokens
-    removed_mask: torch.Tensor  # (B, K) False in the surplus slots of rows that lose fewer tokens
-    members: torch.Tensor       # (B, S, K) True where removed token k belongs to span s
+    """Rows of text in another order: the tokens that stay, padding, then the K removed tokens."""
+    tokens: torch.Tensor        # (B, T)
+    positions: torch.Tensor     # (B, T) where each token stood in the text
+    real: torch.Tensor          # (B, T) False where a token is padding
+    share: torch.Tensor         # (B, S, K) 1/n where removed token k belongs to span s of n tokens
+
+    def context(self):
+        """Tokens that the context encoder reads, their positions and mask: (B, T-K) each."""
+        n_context = self.tokens.size(1) - self.share.size(2)
+        return [x[:, :n_context] for x in (self.tokens, self.positions, self.real)]
 
     def mean(self, latents):
         """Mean over the tokens of each span: (B, K, C) -> (B, S, C); zero if a span is empty."""
         # fp32: bf16 would round the targets to eight bits.
         with torch.autocast(latents.device.type, enabled=False):
-            weight = self.members.float()
-            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-            return weight @ latents.float()
+            return self.share @ latents.float()
 
 def split_spans(span_ids, tokens, n_removed, cfg):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
 
-    A row that loses fewer tokens fills its surplus slots with padding: it must have that much.
+    A row that loses fewer tokens than K must have that much padding, which fills the gap.
     """
-    REMOVED, PADDING, CONTEXT = 0, 1, 2                 # sorted in this order
-    kind = torch.full_like(tokens, CONTEXT)
-    kind = kind.masked_fill(tokens == cfg.pad, PADDING)
-    kind = kind.masked_fill(span_ids < cfg.max_spans, REMOVED)
-    order = kind.argsort(dim=1, stable=True)                            # (B, T)
-    removed, context = order.tensor_split((n_removed,), dim=1)          # (B, K), (B, T-K)
-
-    context_mask = tokens.gather(1, context) != cfg.pad
-    span_of = span_ids.gather(1, removed)                               # (B, K)
-    removed_mask = span_of < cfg.max_spans
+    order = 2 * (span_ids < cfg.max_spans) + (tokens == cfg.pad)        # 0 stays, 1 padding, 2 gone
+    positions = order.argsort(dim=1, stable=True)                       # (B, T)
+    tokens = tokens.gather(1, positions)
+    real = tokens != cfg.pad
+    span_of = span_ids.gather(1, positions[:, -n_removed:])             # (B, K)
     if cfg.target == "token":                           # each removed token is a span of its own
-        members = torch.diag_embed(removed_mask)                        # (B, K, K)
+        share = torch.diag_embed((span_of < cfg.max_spans).float())     # (B, K, K)
     else:
         span = torch.arange(cfg.max_spans, device=tokens.device)
-        members = span_of[:, None] == span[:, None]                     # (B, S, K)
-    return Spans(context, context_mask, removed, removed_mask, members)
+        members = (span_of[:, None] == span[:, None]).float()           # (B, S, K)
+        share = F.normalize(members, p=1, dim=-1)
+    return Spans(tokens, positions, real, share)
 
 # -- predictor and decoder -------------------------------------------------------------------------
 
@@ -377,20 +390,21 @@ class Predictor(nn.Module):
         rope = rotary(cfg.block_size + 1, cfg.pred_embd // cfg.n_head)
         self.register_buffer("rope", rope, persistent=False)
 
-    def forward(self, context, context_pos, context_mask, query_pos, query_mask):
-        """Context latents (B, T, C) at context_pos (B, T); states (B, K, P) at query_pos (B, K).
+    def forward(self, context, positions, mask):
+        """Context latents (B, N, C) -> states (B, K, P) of the K positions that are asked for.
 
-        The masks are bool, True where a context latent or a query counts.
+        positions, mask (B, N+K): of the context latents, then of the queries; the mask is bool,
+        True where a latent or a query counts.
         """
-        queries = self.mask_token.expand(*query_pos.shape, -1)          # (B, K, P)
-        x = torch.cat((self.context_proj(context), queries), dim=1)            # (B, T+K, P)
-        rope = self.rope[torch.cat((context_pos, query_pos), dim=1)]    # (B, T+K, hs/2)
-        rope = rope.unsqueeze(1)                                        # for all heads
-        mask = torch.cat((context_mask, query_mask), dim=1)[:, None, None]
+        n_queries = positions.size(1) - context.size(1)
+        queries = self.mask_token.expand(len(context), n_queries, -1)   # (B, K, P)
+        x = torch.cat((self.context_proj(context), queries), dim=1)     # (B, N+K, P)
+        rope = self.rope[positions].unsqueeze(1)                        # (B, 1, N+K, hs/2)
+        mask = additive(mask)
         for block in self.blocks[:-1]:
             x = block(x, rope, mask)
         # Only the queries are read, so only they pass through the last block.
-        x = self.blocks[-1](x, rope, mask, n_last=query_pos.size(1))    # (B, K, P)
+        x = self.blocks[-1](x, rope, mask, n_last=n_queries)            # (B, K, P)
         return self.norm(x)
 
 class Thought(NamedTuple):
@@ -429,12 +443,10 @@ class Decoder(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
 
     def memory_slots(self, thought):
-        """`Thought` of B rows -> slots (B, M, C), mask bool (B, M)."""
+        """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
         if self.slots is None:
-            return thought.context, thought.context_mask
-        slots = self.slots(thought.latent).unflatten(-1, (self.n_slots, -1))    # (B, M, C)
-        mask = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
-        return slots, mask
+            return thought.context, additive(thought.context_mask)
+        return self.slots(thought.latent).unflatten(-1, (self.n_slots, -1)), None
 
     def read(self, thought):
         """`Thought` -> the `Memory` of each block."""
@@ -486,21 +498,31 @@ def r_squared(predicted, target, mask):
     spread = masked_mean((target - mean) ** 2, mask, (0, 1))
     return 1 - error / spread.clamp(min=1e-8)
 
-def sigreg(z, n_slices=64):
-    """SIGReg (LeJEPA 2025): distance of z (N, C) from an isotropic Gaussian.
+class SIGReg(nn.Module):
+    """SIGReg (LeJEPA 2025): distance of latents z (N, C) from an isotropic Gaussian.
 
-    Along n_slices random directions it compares the characteristic function of z with that of
-    N(0, 1), on 17 points of [0, 3] (Epps-Pulley), without the usual factor N. Values to know:
-    N draws of a Gaussian 1.05 / N, all zeros 0.402, one layer-normed point repeated 1.06.
+    Along random directions it compares the characteristic function of z with that of N(0, 1), on
+    17 points of [0, 3] (Epps-Pulley), without the usual factor N. Values to know: N draws of a
+    Gaussian 1.05 / N, all zeros 0.402, one layer-normed point repeated 1.06.
     """
-    slices = F.normalize(torch.randn(z.size(1), n_slices, device=z.device), dim=0)
-    t = torch.linspace(0, 3, 17, device=z.device)                       # (17,)
-    gauss = torch.exp(-t ** 2 / 2)      # characteristic function of N(0, 1), and weight of each t
-    # Twice the trapezoid rule on [0, 3]: the integrand is even, and -3 to 3 is meant.
-    trapezoid = F.pad(torch.full((15,), 2.0, device=z.device), (1, 1), value=1.0) * 3 / 16
-    u = (z @ slices)[..., None] * t                                     # (N, n_slices, 17)
-    error = (u.cos().mean(0) - gauss) ** 2 + u.sin().mean(0) ** 2       # (n_slices, 17)
-    return (error * trapezoid * gauss).sum(-1).mean()
+
+    def __init__(self, n_slices=64):
+        super().__init__()
+        self.n_slices = n_slices
+        t = torch.linspace(0, 3, 17)
+        gauss = torch.exp(-t ** 2 / 2)  # characteristic function of N(0, 1), and weight of each t
+        # Twice the trapezoid rule on [0, 3]: the integrand is even, and -3 to 3 is meant.
+        trapezoid = F.pad(torch.full((15,), 2.0), (1, 1), value=1.0) * 3 / 16
+        self.register_buffer("t", t, persistent=False)
+        self.register_buffer("gauss", gauss, persistent=False)
+        self.register_buffer("weight", trapezoid * gauss, persistent=False)
+
+    def forward(self, z):
+        """z (N, C) -> a number."""
+        slices = torch.randn(z.size(1), self.n_slices, device=z.device)
+        u = (z @ F.normalize(slices, dim=0))[..., None] * self.t        # (N, n_slices, 17)
+        error = (u.cos().mean(0) - self.gauss) ** 2 + u.sin().mean(0) ** 2      # (n_slices, 17)
+        return (error @ self.weight).mean()
 
 # -- the model and its three phases ----------------------------------------------------------------
 
@@ -511,11 +533,21 @@ class Prediction(NamedTuple):
     """
     predicted: torch.Tensor     # (B, S, C) predicted latents of the removed spans
     target: torch.Tensor        # (B, S, C) their latents in the target encoder
-    span_mask: torch.Tensor     # (B, S) True where there is such a span
     context: torch.Tensor       # (B, T-K, C) context latents
-    context_mask: torch.Tensor  # (B, T-K) False where the context is padding
     states: torch.Tensor        # (B, K, P) the predictor's state at each removed token
-    word_ids: torch.Tensor      # (B, K) ids of the removed tokens, -100 in surplus slots
+    spans: Spans
+
+    @property
+    def span_mask(self):
+        """Bool (B, S), True where there is such a span."""
+        return self.spans.share.any(-1)
+
+    @property
+    def word_ids(self):
+        """Ids of the removed tokens, (B, K); -100 where there is none."""
+        n_removed = self.states.size(1)
+        ids, real = self.spans.tokens[:, -n_removed:], self.spans.real[:, -n_removed:]
+        return ids.masked_fill(~real, -100)
 
 class TJEPA(nn.Module):
     """Context encoder, target encoder, predictor and decoder, with a loss for each phase."""
@@ -533,6 +565,7 @@ class TJEPA(nn.Module):
         self.apply(self.init_weights)
         # Copied after the initialisation: the target encoder starts as an exact copy.
         self.target_encoder = deepcopy(self.context_encoder).requires_grad_(False)
+        self.sigreg = SIGReg()
         self.register_buffer("word_start", torch.as_tensor(word_start), persistent=False)
         width = cfg.teacher_width or cfg.n_embd
         self.register_buffer("answer_mean", torch.zeros(width))
@@ -556,6 +589,8 @@ class TJEPA(nn.Module):
             return [self.context_encoder, self.predictor]
         if phase == "distill":
             return [self.context_encoder, self.predictor, self.W]
+        if phase == "teach":
+            return [self.context_encoder, self.predictor, self.W, self.decoder]
         return [self.decoder]
 
     def encode(self, tokens, encoder=None):
@@ -574,15 +609,16 @@ class TJEPA(nn.Module):
 
     # -- phase 1: the JEPA step --------------------------------------------------------------------
 
-    def target_latents(self, tokens, spans):
-        """Target of each span of tokens (B, T): mean latent of its tokens, (B, S, C)."""
-        encoder = self.target_encoder if self.cfg.stop_gradient else self.context_encoder
-        latents = self.encode(tokens, encoder)                          # (B, T, C)
-        removed = latents.take_along_dim(spans.removed[..., None], 1)   # (B, K, C)
+    def target_latents(self, spans):
+        """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C)."""
+        cfg = self.cfg
+        encoder = self.target_encoder if cfg.stop_gradient else self.context_encoder
+        n_removed = spans.share.size(2)
+        removed = encoder(spans.tokens, spans.positions, spans.real, cfg.top_k, n_removed)
         target = spans.mean(removed)
         # Each token is normed already. Their mean is not: a long span's is shorter, so that it
         # would weigh less, and shrinking all means would lower the loss.
-        return norm(target) if self.cfg.target_norm else target
+        return norm(target) if cfg.target_norm else target
 
     def predict(self, tokens, span_ids, n_removed=None):
         """Remove spans and predict their latents: tokens, span_ids (B, T) -> `Prediction`.
@@ -590,24 +626,20 @@ class TJEPA(nn.Module):
         n_removed: the most tokens that a row loses; by default what `sample_spans` takes from a
         full row.
         """
-        cfg = self.cfg
-        n_removed = n_removed or max(1, round(tokens.size(1) * cfg.mask_ratio))
-        spans = split_spans(span_ids, tokens, n_removed, cfg)
+        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        spans = split_spans(span_ids, tokens, n_removed, self.cfg)
 
         # 1. target latents: the target encoder, whose weights are frozen, reads the whole text
-        target = self.target_latents(tokens, spans)                     # (B, S, C)
+        target = self.target_latents(spans)                             # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
-        kept = tokens.gather(1, spans.context)                          # (B, T-K)
-        context = self.context_encoder(kept, spans.context, spans.context_mask)
+        kept, positions, kept_mask = spans.context()                    # (B, T-K)
+        context = self.context_encoder(kept, positions, kept_mask)
 
         # 3. prediction: a mask token at each removed position, averaged over each span
-        states = self.predictor(context, spans.context, spans.context_mask,
-                                spans.removed, spans.removed_mask)      # (B, K, P)
+        states = self.predictor(context, spans.positions, spans.real)   # (B, K, P)
         predicted = spans.mean(self.predictor.latent_proj(states))      # (B, S, C)
-        word_ids = tokens.gather(1, spans.removed).masked_fill(~spans.removed_mask, -100)
-        return Prediction(predicted, target, spans.members.any(-1), context, spans.context_mask,
-                          states, word_ids)
+        return Prediction(predicted, target, context, states, spans)
 
     def pretrain_loss(self, tokens, span_ids):
         """Loss of phase 1 (v1.1 section 3.1): tokens, span_ids (B, T) -> (loss, stats)."""
@@ -615,10 +647,9 @@ class TJEPA(nn.Module):
         p = self.predict(tokens, span_ids)
 
         # 4. loss: distance between predicted and target latents, and what keeps latents apart
-        predicted, target = p.predicted.flatten(0, 1), p.target.flatten(0, 1)   # (B*S, C)
-        mask = p.span_mask.flatten()                                    # (B*S,)
-        loss = latent_distance(predicted, target, mask, cfg.loss)
-        stats = dict(latent=loss, r2=r_squared(predicted, target, mask))
+        loss = latent_distance(p.predicted.flatten(0, 1), p.target.flatten(0, 1),
+                               p.span_mask.flatten(), cfg.loss)
+        stats = dict(latent=loss)
         if cfg.sigreg:
             stats["sigreg"] = self.regularise(p)
             loss = loss + cfg.sigreg * stats["sigreg"]
@@ -630,18 +661,21 @@ class TJEPA(nn.Module):
     @torch.no_grad()
     def ema_update(self):
         """target <- tau * target + (1 - tau) * context encoder, once per optimizer step."""
-        # 5. EMA
-        pairs = zip(self.target_encoder.parameters(), self.context_encoder.parameters())
-        for target, context in pairs:
-            target.lerp_(context, 1 - self.cfg.ema_decay)
+        # 5. EMA; the _foreach call does it for all weights at once
+        target, context = self.target_encoder, self.context_encoder
+        torch._foreach_lerp_(list(target.parameters()), list(context.parameters()),
+                             1 - self.cfg.ema_decay)
+
+    def sample_latents(self, p, n=512):
+        """n context latents, (n, C), drawn across texts from all that are not padding."""
+        _, _, real = p.spans.context()
+        index = torch.multinomial(real.flatten().float(), n, replacement=True)
+        # F.embedding and not latents[index]: the backward of indexing is not deterministic.
+        return F.embedding(index, p.context.flatten(0, 1))
 
     def regularise(self, p):
-        """SIGReg of 512 context latents, sampled across texts: so that different texts differ."""
-        latents = p.context.flatten(0, 1)                               # (B*(T-K), C)
-        real = p.context_mask.flatten().float()
-        index = torch.multinomial(real, 512, replacement=True)
-        # F.embedding and not latents[index]: the backward of indexing is not deterministic.
-        return sigreg(F.embedding(index, latents))
+        """SIGReg of context latents of different texts: so that different texts differ."""
+        return self.sigreg(self.sample_latents(p))
 
     def word_loss(self, p):
         """Masked-LM loss: cross-entropy of the removed tokens, by the tied embedding."""
@@ -699,8 +733,9 @@ class TJEPA(nn.Module):
         kept, next_pos = self.drop_tokens(question, drop)
         positions = torch.arange(question.size(1), device=question.device).expand_as(question)
         context = self.context_encoder(question, positions, kept)       # (B, T, C)
-        query_mask = torch.ones_like(next_pos).bool()
-        state = self.predictor(context, positions, kept, next_pos, query_mask)  # (B, 1, P)
+        positions = torch.cat((positions, next_pos), dim=1)             # (B, T+1)
+        mask = F.pad(kept, (0, 1), value=True)
+        state = self.predictor(context, positions, mask)                # (B, 1, P)
         latent = self.W(self.predictor.latent_proj(state[:, 0]))        # (B, D)
         return Thought(latent, context, kept)
 
@@ -711,8 +746,7 @@ class TJEPA(nn.Module):
         """
         thought = self.think(question, self.cfg.question_drop).latent.float()
         loss = F.mse_loss(thought, answer_latent)
-        r2 = r_squared(thought.detach(), answer_latent, torch.ones_like(thought[:, 0]))
-        return loss, dict(latent=loss.detach(), r2=r2)
+        return loss, dict(latent=loss.detach())
 
     # -- phase 3: speak ----------------------------------------------------------------------------
 
@@ -746,7 +780,7 @@ class TJEPA(nn.Module):
     def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):
         """Say a `Thought` of B rows: yields token ids (B,), PAD after a row's EOS."""
         memories = self.decoder.read(thought)
-        caches = [KVCache() for _ in self.decoder.blocks]
+        caches = [KVCache(self.cfg.answer_size) for _ in self.decoder.blocks]
         B, device = len(memories[0].keys), memories[0].keys.device
         token = torch.full((B,), self.cfg.bos, device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -756,7 +790,7 @@ class TJEPA(nn.Module):
             token = sample_token(logits, temperature, top_k, top_p)
             token = token.masked_fill(ended, self.cfg.pad)
             yield token
-            ended = ended | (token == self.cfg.eos)
+            ended = token >= self.cfg.pad               # the special tokens come last
             if ended.all():
                 return
 

@@ -5,6 +5,7 @@ Train a T-JEPA: flags -> corpus -> phases -> one training loop -> checkpoint, me
     python train.py --phase=pretrain --data=my_book.txt --out=out/book  your own text
     python train.py --phase=distill --qa=my_qa.tsv --out=out/book       teach answers as latents
     python train.py --phase=speak --out=out/book                        learn to speak them
+    python train.py --phase=teach --qa=new.tsv --out=out/book           later: add new facts
     python train.py --help                                              every flag, what it changes
 """
 import contextlib
@@ -40,6 +41,7 @@ import tjepa
 from flags import plain_output, read_flags
 
 PHASES = ("pretrain", "distill", "speak")
+EVERY = *PHASES, "teach"        # teach adds facts to a run that has been through the others
 FORMAT = 3              # of the checkpoint; older files are refused
 PREVIOUS = "ckpt.previous.pt"   # the finished one that was there before a phase was begun anew
 
@@ -52,13 +54,14 @@ class Config(tjepa.Config):
         "one change, one effect": ("stop_gradient", "ema_half_life", "sigreg", "mlm", "loss",
                                    "target", "top_k", "target_norm", "mask_ratio", "max_span"),
     }
-    phase: str = "all"          # pretrain | distill | speak | all; later phases continue --out
+    phase: str = "all"          # pretrain | distill | speak | all; teach adds --qa to a run
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | laptop: all | gpu: wider
     recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt (phase 1 needs nothing else)
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
     qa: str = ""                # your own questions: a file of lines question, tab, answer
+    added: str = ""             # the pairs that --phase=teach adds: its --qa
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, downloaded once
     teacher: str = "self"       # gives answers their latents: self | ckpt:DIR | an .npz
     distill: str = "answers"    # phase 2: answers | align: imitate the run --teacher=ckpt:DIR
@@ -76,25 +79,29 @@ class Config(tjepa.Config):
     pretrain_steps: int = 800   # steps of phase 1; 0 = the control with a random encoder
     distill_steps: int = 700    # steps of phase 2; 0 = the control that is taught nothing
     speak_steps: int = 500      # steps of phase 3
+    teach_steps: int = 200      # steps of --phase=teach
     pretrain_lr: float = 1e-3   # peak learning rate of phase 1
     distill_lr: float = 5e-4    # peak learning rate of phase 2; if too high, the text is forgotten
     speak_lr: float = 1e-3      # peak learning rate of phase 3
+    teach_lr: float = 5e-4      # peak learning rate of --phase=teach
     warmup: float = 0.05        # share of the steps in which the learning rate rises
     weight_decay: float = 0.05  # on matrices; not on norms, biases, embeddings, mask token
     clip: float = 1.0           # largest norm of the gradient
     alpha_start: float = 0.5    # weight of the latent loss in phase 3, falls to 0; v2.0: 0
+    question_noise: float = 0.5 # share of phase 2's questions written as people type
+    made_up: float = 0.1        # share of phase 2's questions about made-up subjects: thought 0
     echo: float = 0.75          # share of phase 3's rows that are answer latent -> answer
     eval_every: int = 200       # steps between evaluations, checkpoints and redrawn curves
 
     def __post_init__(self):
         super().__post_init__()
-        steps = "pretrain_steps distill_steps speak_steps"
+        steps = "pretrain_steps distill_steps speak_steps teach_steps"
         parts = f"some of {', '.join(align.PARTS)}, joined by +"
         divisor = f"a divisor of distill_steps = {self.distill_steps}"
         batches = (self.batch_size, self.qa_batch_size)
         tjepa.check(self, (
             ("out data", lambda v: v.strip() and "\0" not in v, "a path"),
-            ("phase", *tjepa.one_of(*PHASES, "all")),
+            ("phase", *tjepa.one_of(*EVERY, "all")),
             ("preset", *tjepa.one_of(*PRESETS)),
             ("recipe", *tjepa.one_of(*RECIPES)),
             ("facts", *tjepa.one_of("tiny", "all")),
@@ -109,10 +116,11 @@ class Config(tjepa.Config):
             (f"{steps} seed", *tjepa.within(0, 10 ** 9)),
             ("eval_every rounds", *tjepa.within(1, 10 ** 9)),
             ("rounds", lambda v: self.distill_steps % v == 0, divisor),
-            ("pretrain_lr distill_lr speak_lr", lambda v: 0 < v <= 1000, "above 0, at most 1000"),
+            ("pretrain_lr distill_lr speak_lr teach_lr", lambda v: 0 < v <= 1000, "above 0, at most 1000"),
             ("clip", lambda v: 0 < v <= 1e9, "above 0, at most 1000000000"),
             ("weight_decay", *tjepa.within(0, 1000)),
-            ("warmup alpha_start echo", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+            ("question_noise", *tjepa.within(0, 1)),
+            ("warmup alpha_start echo made_up", lambda v: 0 <= v < 1, "at least 0 and below 1"),
         ))
 
 PRESETS = dict(
@@ -148,9 +156,12 @@ def resolve(given):
     preset = PRESETS.get(given.get("preset"), {})
     recipe = RECIPES.get(given.get("recipe"), {})
     asked = preset | recipe | given
-    asked |= {name: absolute(asked[name]) for name in ("data", "qa", "teacher") if name in asked}
+    if given.get("phase") == "teach" and "qa" in asked:
+        asked["added"] = asked.pop("qa")                # the run keeps its own --qa
+    paths = ("data", "qa", "added", "teacher")
+    asked |= {name: absolute(asked[name]) for name in paths if name in asked}
     base = {}
-    if given.get("resume") or given.get("phase") in ("distill", "speak"):
+    if given.get("resume") or given.get("phase") in ("distill", "speak", "teach"):
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
         same_run(out, base, asked)
@@ -307,7 +318,8 @@ def unpack(content):
 CONTENTS = dict(        # of a checkpoint; what phase 2 adds is None before
     format=int, config=dict, corpus=str, tokenizer=dict, phase=str, step=int, evaluated=bool,
     model=dict, optimizer=dict, rows=list, threshold=float | None, answers=list | None,
-    concepts=torch.Tensor | None, questions=str | None, teacher=str | None, shape=str)
+    concepts=torch.Tensor | None, questions=str | None, teacher=str | None, shape=str,
+    added=list)                 # of [question, answer, number of the teach phase that added it]
 
 # What the weights mean depends on these as well as on the tokenizer. Not all of them can be seen
 # in the sizes of the weights, so a checkpoint holds a fingerprint of them.
@@ -349,7 +361,8 @@ def well_formed(checkpoint):
     if not math.isfinite(checkpoint["threshold"] or 0):
         return False
     rows = all(is_row(row) for row in checkpoint["rows"])
-    return rows and checkpoint["phase"] in PHASES and checkpoint["step"] >= 0
+    rows = rows and all(is_added(row) for row in checkpoint["added"])
+    return rows and checkpoint["phase"] in EVERY and checkpoint["step"] >= 0
 
 def is_a(value, kind):
     """isinstance, but True and False are no numbers."""
@@ -363,11 +376,15 @@ def is_plain(value):
         return False
     return bool(value.isfinite().all())
 
+def is_added(row):
+    """A pair that was taught later."""
+    return isinstance(row, list) and list(map(type, row)) == [str, str, int]
+
 def is_row(row):
     """A row of the log, as `report.Log` writes it."""
     if not isinstance(row, dict) or not set(row) <= set(report.Log.COLUMNS):
         return False
-    if row.get("phase") not in PHASES or not is_a(row.get("step"), int):
+    if row.get("phase") not in EVERY or not is_a(row.get("step"), int):
         return False
     values = [value for name, value in row.items() if name not in ("phase", "health")]
     if not is_a(row.get("health", ""), str) or not all(is_a(v, float | int) for v in values):
@@ -535,7 +552,7 @@ class Interrupts:
 
 INTERRUPTS = Interrupts()
 
-IN_BAR = ("loss", "r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout")
+IN_BAR = ("loss", "val_r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout")
 
 def show(bar, rows):
     """The newest figures of a phase, by its rows of the log, in the progress bar."""
@@ -572,7 +589,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         save(step, optimizer, evaluated=True)
         if figures:                     # a control that is measured elsewhere has nothing to draw
             curves = Path(cfg.out) / "curves.png"
-            report.draw_curves(log.rows, PHASES, curves, title=f"{cfg.out}, recipe {cfg.recipe}")
+            report.draw_curves(log.rows, EVERY, curves, title=f"{cfg.out}, recipe {cfg.recipe}")
 
     if not evaluated:                   # where the phase starts stands beside what it reaches
         if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
@@ -586,7 +603,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     for step in range(start, steps):
         # Every random draw follows from the seed and the step (at most 10**9 a phase): a resumed
         # run draws the same.
-        torch.manual_seed((cfg.seed * len(PHASES) + PHASES.index(phase)) * 10 ** 9 + step)
+        torch.manual_seed((cfg.seed * len(EVERY) + EVERY.index(phase)) * 10 ** 9 + step)
 
         # learning rate; a round of phase 2 begins with a fresh optimizer
         in_round = step % round_steps
@@ -646,21 +663,23 @@ def pretrain(run):
     """Phase 1: rows of text, spans removed."""
     cfg, model = run.cfg, run.model
     loss_of = torch.compile(model.pretrain_loss) if cfg.compile else model.pretrain_loss
+    word_start = model.word_start.cpu()
     has_capitals = "capital" in run.corpus.values
 
     def draw():
-        """Random rows (B, T), and for each of them --masks ways to remove spans, (B, masks, T)."""
-        tokens = run.corpus.train.batch(cfg.batch_size).to(run.device, non_blocking=True)
-        masks = [tjepa.sample_spans(tokens, model.word_start, model.cfg) for _ in range(cfg.masks)]
-        return tokens, torch.stack(masks, dim=1)
+        """Random rows, each --masks times, (B, T), and what is removed from them, (B, T).
+
+        On the CPU: a GPU computes meanwhile.
+        """
+        tokens = run.corpus.train.batch(cfg.batch_size).repeat_interleave(cfg.masks, 0)
+        span_ids = tjepa.sample_spans(tokens, word_start, model.cfg)
+        return [part.to(run.device, non_blocking=True) for part in (tokens, span_ids)]
     parts = run.in_parts(draw)
 
     def loss_at(progress):
-        """Loss of random rows, mean over their masks."""
-        tokens, masks = next(parts)
-        losses, all_stats = zip(*(loss_of(tokens, span_ids) for span_ids in masks.unbind(1)))
-        means = {name: sum(stats[name] for stats in all_stats) / cfg.masks for name in all_stats[0]}
-        return sum(losses) / cfg.masks, means | dict(tau=cfg.ema_decay)
+        """Loss of random rows."""
+        loss, stats = loss_of(*next(parts))
+        return loss, stats | dict(tau=cfg.ema_decay)
 
     def measure(whole):
         """Figures on held-out text; at the end also the cloze, if the corpus has one."""
@@ -671,13 +690,19 @@ def pretrain(run):
     return loss_at, measure
 
 def distill(run):
-    """Phase 2: questions of DEC and LAT facts in trained wordings; no answer token is produced."""
-    if run.cfg.distill == "align":
+    """Phase 2: questions of DEC and LAT facts in trained wordings; no answer token is produced.
+
+    Some are written as people type, and some are about made-up subjects: the thought of what is
+    unknown is 0, the mean of all standardised answers, and lies far from each of them.
+    """
+    cfg = run.cfg
+    if cfg.distill == "align":
         return align.align(run)
     questions, concepts = run.questions, run.concepts
     taught = questions.where("DEC", "LAT", phrasing="trained")
-    answer_latents = concepts[questions.answer_of[taught]]              # (n, D)
-    draw = questions.drawing(taught, run.cfg.qa_batch_size)
+    unknown = torch.zeros_like(concepts[:1])
+    answer_latents = torch.cat((concepts[questions.answer_of[taught]], unknown))    # (n+1, D)
+    draw = questions.drawing(taught, cfg.qa_batch_size, cfg.question_noise, cfg.made_up)
     parts = run.in_parts(draw)
 
     def loss_at(progress):
@@ -688,7 +713,7 @@ def distill(run):
 
 def recall(run, whole):
     """Figures of the thoughts: of all questions, or between evaluations of held-out wordings."""
-    questions = run.questions if whole else run.questions.only("heldout")
+    questions = run.questions if whole else run.questions.only("heldout", "typed")
     return evaluate.recall(run, questions, run.concepts)
 
 class Lessons(NamedTuple):
@@ -699,6 +724,16 @@ class Lessons(NamedTuple):
     latents: torch.Tensor       # (n, D) L_a
     n_questions: int
 
+def pad_rows(rows, model):
+    """Rows of tokens of different lengths as one tensor, (n, T)."""
+    return pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad)
+
+def with_end(answers, tokenizer):
+    """Answers (n, L) with EOS after their last token: (n, L+1)."""
+    longer = torch.nn.functional.pad(answers, (0, 1), value=tokenizer.pad)
+    ends = (answers != tokenizer.pad).sum(1, keepdim=True)
+    return longer.scatter(1, ends, tokenizer.eos)
+
 def make_lessons(run):
     """`Lessons` of phase 3: questions of DEC facts in trained wordings, and an echo of each answer.
 
@@ -706,20 +741,15 @@ def make_lessons(run):
     half of them were spans of text, LAT facts in new wordings lost .08 exact match.
     """
     questions, concepts = run.questions, run.concepts
-    pad, eos = run.corpus.tokenizer.pad, run.corpus.tokenizer.eos
     asked = questions.where("DEC", phrasing="trained")
     answer_of = questions.answer_of[asked]
     echoed = questions.answer_tokens                                    # (A, L)
 
-    rows = [*questions.tokens[asked], *echoed]
-    texts = pad_sequence(rows, batch_first=True, padding_value=pad)     # (n, T)
+    texts = pad_rows([*questions.tokens[asked], *echoed], run.model)    # (n, T)
     thoughts = evaluate.think_all(run, texts)
     latent = torch.cat((thoughts.latent[:len(asked)], concepts))        # (n, D)
 
-    answers = torch.cat((echoed[answer_of], echoed))                    # (n, L)
-    answers = torch.nn.functional.pad(answers, (0, 1), value=pad)
-    ends = (answers != pad).sum(1, keepdim=True)
-    answers = answers.scatter(1, ends, eos)
+    answers = with_end(torch.cat((echoed[answer_of], echoed)), run.corpus.tokenizer)    # (n, L+1)
     latents = torch.cat((concepts[answer_of], concepts))
     return Lessons(texts, thoughts._replace(latent=latent), answers, latents, len(asked))
 
@@ -740,7 +770,7 @@ def draw_lessons(run, lessons):
 def speak(run):
     """Phase 3: the decoder learns to say thoughts."""
     lessons = make_lessons(run)
-    held_out = run.questions.only("heldout")
+    held_out = run.questions.only("heldout", "typed")
     thoughts_of_all = evaluate.think_all(run, run.questions.tokens)
     thoughts_of_held_out = evaluate.think_all(run, held_out.tokens)
     parts = run.in_parts(lambda: (draw_lessons(run, lessons),))
@@ -760,7 +790,54 @@ def speak(run):
         return evaluate.exact_match(run, held_out, thoughts_of_held_out)
     return loss_at, measure
 
-PHASE_OF = dict(pretrain=pretrain, distill=distill, speak=speak)
+def teach(run):
+    """Facts are added to a finished run: phases 2 and 3 at once, for new and old questions.
+
+    Half of the questions are about the new facts (split NEW), half about the old ones, so that
+    these are not forgotten. All answers are echoed: the decoder learns words it has never said.
+    """
+    cfg, model, questions, concepts = run.cfg, run.model, run.questions, run.concepts
+    new = questions.where("NEW", phrasing="trained")
+    old = questions.where("DEC", "LAT", phrasing="trained")
+    asked = torch.cat((new.repeat(-(-len(old) // len(new))), old))
+    answer_of = questions.answer_of[asked]
+    latents = torch.cat((concepts[answer_of], torch.zeros_like(concepts[:1])))
+    answers = with_end(questions.answer_tokens, run.corpus.tokenizer)
+    # LAT facts stay unspoken, and so does what is made up
+    said = [questions.rows[i].split != "LAT" for i in asked.tolist()]
+    said = torch.tensor([*said, False], device=run.device)
+    draw_questions = questions.drawing(asked, cfg.qa_batch_size, cfg.question_noise, cfg.made_up)
+    held_out = questions.only("heldout", "typed")
+
+    def draw():
+        """Numbers of questions and their tokens, and as many numbers of echoed answers."""
+        echoed = torch.randint(len(answers), (cfg.qa_batch_size,)).to(run.device)
+        return *draw_questions(), echoed
+    parts = run.in_parts(draw)
+
+    def loss_at(progress):
+        """The loss of phase 2 on all questions, and that of phase 3 on those that may be said."""
+        which, tokens, echoed = next(parts)
+        loss, _ = model.distill_loss(tokens, latents[which])
+        spoken = said[which]
+        texts = pad_rows([*tokens[spoken], *questions.answer_tokens[echoed]], model)
+        with torch.no_grad():           # phase 3 trains the decoder alone
+            lesson = model.think(texts)
+        thoughts = lesson.latent[:-len(echoed)]
+        lesson = lesson._replace(latent=torch.cat((thoughts, concepts[echoed])))
+        number = torch.cat((answer_of[which[spoken]], echoed))
+        token, _ = model.speak_loss(lesson, answers[number], concepts[number], alpha=0)
+        return loss + token, dict(latent=loss.detach(), token=token.detach())
+
+    def measure(whole):
+        """Figures of the thoughts and of what is said, as in phases 2 and 3."""
+        asked = questions if whole else held_out
+        thoughts = evaluate.think_all(run, asked.tokens)
+        figures = evaluate.recall(run, asked, concepts)
+        return figures | evaluate.exact_match(run, asked, thoughts)
+    return loss_at, measure
+
+PHASE_OF = dict(pretrain=pretrain, distill=distill, speak=speak, teach=teach)
 
 # -- the teacher of phase 2 ------------------------------------------------------------------------
 
@@ -805,6 +882,22 @@ def set_answers(run, vectors):
         vectors = run.model.concept(run.questions.answer_tokens)
     return run.model.set_answers(vectors.to(run.device))
 
+def known_concepts(run, checkpoint):
+    """Standardised L_a of all answers (A, D): those of the checkpoint, and of answers added since.
+
+    Mean and std stay those of the answers of phase 2, so that no old concept moves.
+    """
+    questions, known = run.questions, dict(zip(checkpoint["answers"], checkpoint["concepts"]))
+    new = [i for i, answer in enumerate(questions.answers) if answer not in known]
+    if new:
+        vectors, _ = answer_vectors(run.cfg, [questions.answers[i] for i in new],
+                                    run.corpus.tokenizer)
+        if vectors is None:
+            vectors = run.model.concept(questions.answer_tokens[new])
+        latents = run.model.standardise(vectors.to(run.device)).detach().cpu()
+        known |= {questions.answers[i]: latent for i, latent in zip(new, latents)}
+    return torch.stack([known[answer] for answer in questions.answers]).to(run.device)
+
 # -- a run -----------------------------------------------------------------------------------------
 
 def open_checkpoint(cfg, phases):
@@ -840,7 +933,7 @@ def check_resume(cfg, phases, checkpoint):
     if cfg.seed != saved["seed"]:
         raise ValueError(f"--seed={cfg.seed}, but the run in --out={cfg.out} has "
                          f"seed={saved['seed']}: leave the flag out, or take another --out")
-    for earlier in PHASES[:PHASES.index(phase)]:
+    for earlier in EVERY[:EVERY.index(phase)]:
         name = f"{earlier}_steps"
         if getattr(cfg, name) != saved[name]:
             raise ValueError(
@@ -855,13 +948,13 @@ def check_phase_before(cfg, phases, checkpoint):
     """ValueError if the phase before the first of phases has not ended."""
     phase, step, out = checkpoint["phase"], checkpoint["step"], cfg.out
     steps = checkpoint["config"][f"{phase}_steps"]
-    before = PHASES.index(phases[0]) - 1
+    before = EVERY.index(phases[0]) - 1
     ended = step >= steps and checkpoint["evaluated"]
-    if (PHASES.index(phase), ended) >= (before, True):
+    if (EVERY.index(phase), ended) >= (before, True):
         return
     command = f"`python train.py --resume --out={out}`"
-    if phase != PHASES[before]:
-        command = f"--phase={PHASES[before]}"
+    if phase != EVERY[before]:
+        command = f"--phase={EVERY[before]}"
     raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds "
                      f"{phase} up to step {step} of {steps}: run {command} first")
 
@@ -890,7 +983,24 @@ def content_of(rows):
     content = rows.cpu().numpy().tobytes() if torch.is_tensor(rows) else json.dumps(rows).encode()
     return hashlib.sha256(content).hexdigest()
 
-def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, device):
+def added_pairs(cfg, phases, checkpoint, tokenizer):
+    """What was added to a run by --phase=teach, a list of [question, answer, number of the phase].
+
+    A new phase reads its pairs from --qa; phase 2, begun anew, forgets all of them.
+    """
+    if phases[0] in ("pretrain", "distill") and not cfg.resume:
+        return []
+    added = checkpoint["added"]
+    if phases[0] != "teach" or cfg.resume:
+        return added
+    if not cfg.added:
+        raise ValueError("--phase=teach needs new facts: give --qa=FILE (lines of question, tab, "
+                         "answer)")
+    number = 1 + max((number for _, _, number in added), default=0)
+    pairs = data.read_fitting(cfg.added, tokenizer, cfg.block_size, cfg.answer_size)
+    return added + [[question, answer, number] for question, answer in pairs]
+
+def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device):
     """The questions of phases 2 and 3; ValueError if there are none, or other ones than before."""
     if not corpus.qa:
         raise ValueError(
@@ -899,7 +1009,13 @@ def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, device):
     if phase_2_has_begun and checkpoint["questions"] != content_of(corpus.qa):
         raise ValueError(f"--qa={cfg.qa}: these are not the questions and answers that phase 2 "
                          "was taught: run --phase=distill first")
-    return data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
+    rows = corpus.qa
+    for number in sorted({number for _, _, number in added}):
+        pairs = [(question, answer) for question, answer, at in added if at == number]
+        rows = data.add_pairs(rows, pairs, data.QA)
+    encode, most = corpus.tokenizer.encode, cfg.block_size
+    rows = [row for row in rows if row.split != "NEW" or len(encode(" " + row.question)) <= most]
+    return data.Questions(rows, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
 
 def open_teacher_of(cfg, questions, corpus, checkpoint, phase_2_has_begun, left):
     """(vectors (A, D) or None, `align.Teacher` or None) for phase 2.
@@ -923,7 +1039,7 @@ def open_teacher_of(cfg, questions, corpus, checkpoint, phase_2_has_begun, left)
 
 def open_model(cfg, corpus, checkpoint, phases, model):
     """The model of the checkpoint, or a new one. A phase begun anew begins with fresh weights."""
-    fresh = dict(pretrain=[], distill=["W.", "decoder.", "answer_"], speak=["decoder."])[phases[0]]
+    fresh = dict(distill=["W.", "decoder.", "answer_"], speak=["decoder."]).get(phases[0], [])
     if cfg.resume:
         fresh = []
     return build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh, model)
@@ -932,8 +1048,8 @@ def begin_log(cfg, checkpoint, phases):
     """The `report.Log` of a run: a phase that is begun anew drops its rows and those after it."""
     rows = checkpoint.get("rows", [])
     if not cfg.resume:
-        first = PHASES.index(phases[0])
-        rows = [row for row in rows if PHASES.index(row["phase"]) < first]
+        first = EVERY.index(phases[0])
+        rows = [row for row in rows if EVERY.index(row["phase"]) < first]
     return report.Log(cfg.out, rows)
 
 class Opened(NamedTuple):
@@ -943,6 +1059,7 @@ class Opened(NamedTuple):
     left: tuple             # of these, what is still to do
     checkpoint: dict        # that is continued, {} for a new run
     vectors: torch.Tensor | None    # (A, D) what another teacher says of the answers
+    added: list             # what --phase=teach adds or has added, as in a checkpoint
 
 def open_run(cfg, corpus, model):
     """Open data, teacher and model of cfg: `Opened`. ValueError where cfg asks the impossible."""
@@ -959,10 +1076,12 @@ def open_run(cfg, corpus, model):
     if "pretrain" in left:
         check_cloze(cfg, corpus)
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
-    questions = vectors = teacher = concepts = None
+    questions = vectors = teacher = None
+    phase_2_has_begun, added = False, []
     if phases != ("pretrain",):
-        phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left == ("speak",))
-        questions = open_questions(cfg, corpus, checkpoint, phase_2_has_begun, device)
+        phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left[0] in ("speak", "teach"))
+        added = added_pairs(cfg, phases, checkpoint, corpus.tokenizer)
+        questions = open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device)
         # before the model: the teacher's width is the width of W
         vectors, teacher = open_teacher_of(
             cfg, questions, corpus, checkpoint, phase_2_has_begun, left)
@@ -970,13 +1089,13 @@ def open_run(cfg, corpus, model):
         if vectors is not None:
             width = vectors.size(1)
         cfg = dataclasses.replace(cfg, teacher_width=width)
-        if phase_2_has_begun:
-            concepts = checkpoint["concepts"].to(device)
     net = open_model(cfg, corpus, checkpoint, phases, model).to(device)
-    this = Run(cfg, net, corpus, device, dtype, questions, concepts, teacher)
+    this = Run(cfg, net, corpus, device, dtype, questions, None, teacher)
+    if phase_2_has_begun:
+        this = this._replace(concepts=known_concepts(this, checkpoint))
     if cfg.resume:                      # checks the saved one, before anything is written
         make_optimizer(this, checkpoint["phase"], checkpoint["optimizer"])
-    return Opened(this, phases, left, checkpoint, vectors)
+    return Opened(this, phases, left, checkpoint, vectors, added)
 
 def begun_anew(out, phases):
     """Must the checkpoint in out be kept, because these phases replace what it was trained in?
@@ -986,14 +1105,14 @@ def begun_anew(out, phases):
     if not (out / "ckpt.pt").exists():
         return False
     old = load_checkpoint(out)
-    if PHASES.index(old["phase"]) < PHASES.index(phases[0]):
+    if EVERY.index(old["phase"]) < EVERY.index(phases[0]):
         return False
     ended = old["evaluated"] and old["step"] >= old["config"][f"{old['phase']}_steps"]
     return ended or not (out / PREVIOUS).exists()
 
 def train_phases(opened):
     """Train the phases that are left. Nothing of an older run is touched before the first save."""
-    run, phases, left, checkpoint, vectors = opened
+    run, phases, left, checkpoint, vectors, added = opened
     cfg, out = run.cfg, Path(run.cfg.out)
     log = begin_log(cfg, checkpoint, phases)
     keep_previous = not cfg.resume and begun_anew(out, phases)
@@ -1008,6 +1127,12 @@ def train_phases(opened):
     state["shape"] = shape_of(state["config"], state["tokenizer"])
     for name in ("answers", "concepts", "questions", "teacher"):
         state[name] = checkpoint.get(name)
+    state["added"] = added
+    if run.concepts is not None:
+        state |= dict(answers=run.questions.answers, concepts=run.concepts)
+    if phases[0] == "distill" and not cfg.resume and checkpoint["answers"]:
+        print(f"phase 2 begins anew: the {len(checkpoint['answers'])} answers that the run knows "
+              "are replaced; --phase=teach would add to them")
 
     def save(step, optimizer, evaluated):
         """Write the run as it stands."""

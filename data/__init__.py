@@ -8,18 +8,25 @@ student's files; errors name the file and the line.
 import copy
 import hashlib
 import json
+import random
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from data.added import add_pairs  # noqa: F401
 from data.facts.prepare import prepare as prepare_facts
 from data.inputs import printable, read_pairs, read_text, read_vectors  # noqa: F401
 from data.tokenizer import Tokenizer, train_bpe
+from data.typed import as_typed, made_up, plain, subjects_of  # noqa: F401
 
 
 class QA(NamedTuple):
-    """One question. split: DEC, LAT, TXT or NEVER; phrasing: trained or heldout."""
+    """One question. split: DEC, LAT, TXT or NEVER.
+
+    phrasing: trained, heldout, typed (a held-out one with the noise of phase 2); natural, lower,
+    no_mark, typo and nonsense are read by the final evaluation alone (data/facts/prepare.py).
+    """
     split: str
     phrasing: str
     relation: str
@@ -111,6 +118,15 @@ def pack(tokenizer, texts, limit, flag):
     return torch.tensor(padded, dtype=torch.long).view(len(ids), len(longest))
 
 
+def pack_questions(tokenizer, questions, limit):
+    """Questions as `pack` does: (n, T).
+
+    Each is made `plain` first, and gets the leading blank that it has in running text.
+    """
+    texts = [" " + plain(question) for question in questions]
+    return pack(tokenizer, texts, limit, "--block_size")
+
+
 def pack_answers(tokenizer, answers, limit, flag):
     """Answers as `pack` does: (A, L).
 
@@ -127,15 +143,15 @@ def room(block_size, answer_size):
     return min((answer_size - 1, "--answer_size"), (block_size, "--block_size"))
 
 
-def read_qa(path, tokenizer, block_size, answer_size):
-    """A student's own pairs as a list of QA. All are taught; the file's relation is 'qa'.
+def read_fitting(path, tokenizer, block_size, answer_size):
+    """The pairs (question, answer) of a student's file, a list.
 
     `inputs.read_pairs` says what the file may look like. ValueError names the line of a pair
     that has too many tokens.
     """
-    rows = []
+    pairs = []
     for line, question, answer in read_pairs(path):
-        checks = [(question, block_size, "--block_size"),
+        checks = [(" " + plain(question), block_size, "--block_size"),
                   (" " + answer, *room(block_size, answer_size))]
         for text, limit, flag in checks:
             n = len(tokenizer.encode(text))
@@ -143,7 +159,24 @@ def read_qa(path, tokenizer, block_size, answer_size):
                 raise ValueError(
                     f"--qa={printable(path, None)}, line {line}: '{printable(text.strip())}' has "
                     f"{n} tokens, {limit} fit; shorten it or raise {flag}")
-        rows.append(QA("DEC", "trained", "qa", question, question, answer))
+        pairs.append((question, answer))
+    return pairs
+
+
+def read_qa(path, tokenizer, block_size, answer_size):
+    """A student's own pairs as a list of QA. All are taught; the file's relation is 'qa'.
+
+    Each question is there once more with the noise of phase 2: typed. As in `read_fitting`.
+    """
+    pairs = read_fitting(path, tokenizer, block_size, answer_size)
+    subjects = subjects_of([question for question, _ in pairs])
+    rng = random.Random(0)
+    rows = []
+    for subject, (question, answer) in zip(subjects, pairs):
+        rows.append(QA("DEC", "trained", "qa", subject, question, answer))
+        typed = as_typed(question, subject, rng)
+        if len(tokenizer.encode(" " + plain(typed))) <= block_size:
+            rows.append(QA("DEC", "typed", "qa", subject, typed, answer))
     return rows
 
 
@@ -231,11 +264,12 @@ class Questions:
 
     def __init__(self, rows, tokenizer, block_size, answer_size, device):
         self.rows = rows
-        self.pad = tokenizer.pad
+        self.tokenizer = tokenizer
+        self.block_size = block_size
         taught = [row for row in rows if row.split != "NEVER"]
         self.answers = sorted({row.answer for row in taught})
         questions = [row.question for row in rows]
-        self.tokens = pack(tokenizer, questions, block_size, "--block_size").to(device)
+        self.tokens = pack_questions(tokenizer, questions, block_size).to(device)
         limit, flag = room(block_size, answer_size)
         self.answer_tokens = pack_answers(tokenizer, self.answers, limit, flag).to(device)
 
@@ -259,26 +293,45 @@ class Questions:
         return self.rivals_of(slice(None))
 
     def where(self, *splits, phrasing=None):
-        """Numbers of the questions of some splits, (n,)."""
+        """Numbers of the questions of some splits, (n,); phrasing: one, several, or any."""
+        wanted = (phrasing,) if isinstance(phrasing, str) else phrasing
         found = [i for i, row in enumerate(self.rows)
-                 if row.split in splits and phrasing in (None, row.phrasing)]
+                 if row.split in splits and (wanted is None or row.phrasing in wanted)]
         return torch.tensor(found, dtype=torch.long, device=self.tokens.device)
 
-    def drawing(self, asked, n):
+    def drawing(self, asked, n, noise=0.0, unknown=0.0):
         """draw() -> n of the questions that are asked (numbers, (m,)), drawn anew at each call.
 
-        It returns which of them (n,), and their tokens (n, T): a batch ends with its longest row.
+        A share `noise` of them is written as people type (`typed.as_typed`), and a share `unknown`
+        asks about a made-up subject. Returns which of them (n,), m for a made-up subject, and
+        their tokens (n, T): a batch ends with its longest row.
         """
-        tokens = self.tokens[asked]                         # (m, T)
-        # the lengths stay on the CPU, so that no GPU is waited for
-        lengths = (tokens != self.pad).sum(1).cpu()         # (m,)
+        rows = [self.rows[i] for i in asked.tolist()]
+        m, encode = len(rows), self.tokenizer.encode
+        pad = self.tokenizer.pad
+        tokens = [[token for token in ids if token != pad] for ids in self.tokens[asked].tolist()]
 
         def draw():
             """Which of them (n,), tokens (n, T)."""
-            which = torch.randint(len(asked), (n,))
-            longest = lengths[which].max()
-            which = which.to(tokens.device, non_blocking=True)
-            return which, tokens[which, :longest]
+            which = torch.randint(m, (n,))
+            rng = random.Random(torch.randint(2 ** 62, ()).item())
+            batch = []
+            for place, number in enumerate(which.tolist()):
+                row = rows[number]
+                question, subject = row.question, row.subject
+                if rng.random() < unknown:
+                    name = made_up(subject, rng.choice(rows).subject, rng)
+                    question, subject = question.replace(subject, name), name
+                    which[place] = m
+                if rng.random() < noise:
+                    question = as_typed(question, subject, rng)
+                ids = tokens[number]
+                if question != row.question:
+                    ids = encode(" " + plain(question))[:self.block_size]
+                batch.append(torch.tensor(ids))
+            batch = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=pad)
+            device = self.tokens.device
+            return which.to(device, non_blocking=True), batch.to(device, non_blocking=True)
         return draw
 
     def pick(self, kept):
@@ -290,10 +343,10 @@ class Questions:
         part.relation_of = self.relation_of[kept]
         return part
 
-    def only(self, phrasing):
-        """The same with the questions of one phrasing: a quick look between full evaluations.
+    def only(self, *phrasings):
+        """The same with the questions of some phrasings: a quick look between full evaluations.
 
-        All questions, where none has that phrasing.
+        All questions, where none has such a phrasing.
         """
-        kept = self.where("DEC", "LAT", "TXT", "NEVER", phrasing=phrasing)
-        return self.pick(kept) if len(kept) else self
+        kept = [i for i, row in enumerate(self.rows) if row.phrasing in phrasings]
+        return self.pick(torch.tensor(kept, device=self.tokens.device)) if kept else self

@@ -80,7 +80,7 @@ def content(run):
 def probe(run):
     """Accuracy of a probe for the continent, over countries that it was not fitted on."""
     questions, labels, countries = zip(*continents(run.corpus))
-    tokens = data.pack(run.corpus.tokenizer, questions, run.cfg.block_size, "--block_size")
+    tokens = data.pack_questions(run.corpus.tokenizer, questions, run.cfg.block_size)
     x = features(run.model, tokens.to(run.device)).cpu()                # (n, C)
     asked = Probe(questions, labels, folds(countries, shuffled=False))
     return accuracy(x, asked, tune=False, penalties=PENALTIES)

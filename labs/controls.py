@@ -88,7 +88,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, n):
         """Greedy: the n tokens after prompt (B, T), with a KV cache: (B, n)."""
-        caches = [tjepa.KVCache() for _ in self.blocks]
+        caches = [tjepa.KVCache(prompt.size(1) + n) for _ in self.blocks]
         newest = prompt
         generated = []
         for _ in range(n):
@@ -156,12 +156,6 @@ def read_gpt(cfg, corpus):
     fit(run, "pretrain", loss_at)
     return run
 
-def with_end(answers, tokenizer):
-    """Answers (n, L) with EOS after their last token: (n, L+1)."""
-    longer = F.pad(answers, (0, 1), value=tokenizer.pad)
-    ends = (answers != tokenizer.pad).sum(1, keepdim=True)
-    return longer.scatter(1, ends, tokenizer.eos)
-
 def lesson(model, questions, answers):
     """A batch for a GPT: questions (B, Q), answers (B, A) with EOS -> tokens, targets, positions.
 
@@ -200,7 +194,7 @@ def answering(run, taught):
     """
     questions = run.questions.tokens[taught]                            # (n, Q)
     answers = run.questions.answer_tokens[run.questions.answer_of[taught]]
-    answers = with_end(answers, run.corpus.tokenizer)                   # (n, A)
+    answers = train.with_end(answers, run.corpus.tokenizer)                   # (n, A)
     batch = run.cfg.qa_batch_size // run.cfg.accum
 
     def loss_at(progress):

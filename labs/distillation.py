@@ -222,7 +222,7 @@ def probes(run):
     """
     rows = [row for row in run.corpus.qa if row.split != "NEVER"]
     questions = [row.question for row in rows]
-    tokens = data.pack(run.corpus.tokenizer, questions, run.cfg.block_size, "--block_size")
+    tokens = data.pack_questions(run.corpus.tokenizer, questions, run.cfg.block_size)
     x = features(run.model, tokens.to(run.device)).cpu()                # (n, C)
     relation_of = numbered([row.relation for row in rows])
     fact_of = numbered([(row.relation, row.subject) for row in rows])

@@ -194,15 +194,17 @@ def content_sensitivity(model, tokens, span_ids):
                          "in each")
     n_removed = int(count.max())
     spans = tjepa.split_spans(span_ids, tokens, n_removed, model.cfg)
-    own = tokens.gather(1, spans.removed)                               # (B, K)
+    own = spans.tokens[:, -n_removed:]                                  # (B, K) padding first
+    number = torch.arange(n_removed, device=tokens.device) - (n_removed - count)    # (B, K)
     # a row that lost fewer tokens begins again with its first
-    slot = torch.arange(n_removed, device=tokens.device)                # (K,)
-    other = own.roll(1, 0).gather(1, slot % count.roll(1, 0))           # (B, K)
-    # surplus slots keep their tokens
-    swapped = tokens.scatter(1, spans.removed, torch.where(slot < count, other, own))
-    there = spans.members.any(-1)                                       # (B, S)
-    target = model.target_latents(tokens, spans)[there]                 # (n, C)
-    moved = model.target_latents(swapped, spans)[there]
+    count = count.roll(1, 0)
+    other = own.roll(1, 0).gather(1, n_removed - count + number % count)
+    # surplus slots keep their padding
+    swapped = torch.where(number >= 0, other, own)
+    changed = torch.cat((spans.tokens[:, :-n_removed], swapped), dim=1)
+    there = spans.share.any(-1)                                         # (B, S)
+    target = model.target_latents(spans)[there]                         # (n, C)
+    moved = model.target_latents(spans._replace(tokens=changed))[there]
     every = torch.ones_like(target[:, 0])
     return (1 - tjepa.r_squared(moved, target, every).item()) / 2
 

@@ -71,10 +71,11 @@ class LaunchCounter(TorchDispatchMode):
     """
     SILENT = ("empty", "new_empty", "_unsafe_view", "sym_", "is_", "_local_scalar_dense")
     launches = 0
+    drawing = False                     # batches are drawn on the CPU, whatever the device is
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
-        if namespace == "aten" and not func.is_view and not name.startswith(self.SILENT):
+        if not self.drawing and namespace == "aten" and not func.is_view and not name.startswith(self.SILENT):
             self.launches += 1
         return func(*args, **(kwargs or {}))
 
@@ -83,6 +84,24 @@ def count_launches(act):
     with LaunchCounter() as counter:
         act()
     return counter.launches
+
+def uncounted(draw):
+    """draw(), a function that draws a batch, as one that launches nothing."""
+    def act():
+        """What draw returns."""
+        LaunchCounter.drawing = True
+        try:
+            return draw()
+        finally:
+            LaunchCounter.drawing = False
+    return act
+
+class Run(train.Run):
+    """A `train.Run` whose batches are drawn uncounted."""
+
+    def in_parts(self, draw):
+        """As `train.Run.in_parts`."""
+        return super().in_parts(uncounted(draw))
 
 class Lab:
     """What the parts share: flags, sizes, device, corpus and a clock."""
@@ -104,7 +123,7 @@ class Lab:
     def run(self, model, cfg=CFG):
         """A `train.Run` with a model."""
         model = model.to(self.device)
-        return train.Run(cfg, model, self.corpus, self.device, self.dtype, self.questions)
+        return Run(cfg, model, self.corpus, self.device, self.dtype, self.questions)
 
     def time(self, act):
         """Milliseconds of one call; a GPU is waited for."""
@@ -182,9 +201,11 @@ def gpt_step(lab, model, optimizer=None):
     tokenizer = lab.corpus.tokenizer
     text = data.Text(lab.corpus.train.tokens, CFG.block_size + 1, tokenizer, "the shipped text")
 
+    draw = uncounted(lambda: text.batch(lab.size.rows).to(lab.device, non_blocking=True))
+
     def loss_at(progress):
         """Cross-entropy of random rows of text."""
-        rows = text.batch(lab.size.rows).to(lab.device, non_blocking=True)      # (B, T+1)
+        rows = draw()                                                   # (B, T+1)
         targets = rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous()
         return model(rows[:, :-1], targets)[1], {}
     return training_step(lab.run(model), "speak", loss_at, optimizer)

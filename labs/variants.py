@@ -32,13 +32,13 @@ class PositionEncoder(tjepa.Encoder):
         self.embed_position = nn.Embedding(cfg.block_size + 1, cfg.n_embd)
         self.rope.fill_(1)                              # rotates by nothing
 
-    def forward(self, tokens, positions, mask=None, top_k=1):
+    def forward(self, tokens, positions, *arguments, **options):
         """As `Encoder.forward`: the position's embedding is added to the token's."""
         def add_position(module, inputs, embedded):
             """What the embedding returns, with positions."""
             return embedded + self.embed_position(positions)
         with self.embed.register_forward_hook(add_position):
-            return super().forward(tokens, positions, mask, top_k)
+            return super().forward(tokens, positions, *arguments, **options)
 
 class LearnedPositions(TJEPA):
     """Learned positions in the encoders; the predictor's stay rotary."""
@@ -57,8 +57,7 @@ class SmoothL1(TJEPA):
         p = self.predict(tokens, span_ids)
         error = F.smooth_l1_loss(p.predicted, p.target, reduction="none").mean(-1)      # (B, S)
         loss = tjepa.masked_mean(error, p.span_mask, (0, 1))
-        flat = (part.flatten(0, 1) for part in (p.predicted, p.target, p.span_mask))
-        return loss, dict(latent=loss.detach(), r2=tjepa.r_squared(*flat).detach())
+        return loss, dict(latent=loss.detach())
 
 def vicreg(z):
     """VICReg's two regularisers (2022) of z (N, C), weighted 25 : 1 as there.
@@ -75,8 +74,7 @@ class VICReg(TJEPA):
 
     def regularise(self, p):
         """VICReg of 512 sampled context latents."""
-        index = torch.multinomial(p.context_mask.flatten().float(), 512, replacement=True)
-        return vicreg(F.embedding(index, p.context.flatten(0, 1)))
+        return vicreg(self.sample_latents(p))
 
 class NoPredictor(TJEPA):
     """No predictor: the encoder reads a [MASK] where a token is missing and predicts there."""
@@ -85,26 +83,25 @@ class NoPredictor(TJEPA):
         super().__init__(cfg, word_start)
         self.predictor = nn.Identity()
 
-    def read(self, tokens, positions, mask, query_pos, query_mask):
-        """Context latents (B, T, C) of tokens (B, T), and predicted ones (B, K, C) at query_pos."""
-        T, n_queries = tokens.size(1), query_pos.size(1)
-        tokens = F.pad(tokens, (0, n_queries), value=self.cfg.mask)     # (B, T+K)
-        positions = torch.cat((positions, query_pos), dim=1)
-        mask = torch.cat((mask, query_mask), dim=1)
-        return self.context_encoder(tokens, positions, mask).split((T, n_queries), dim=1)
+    def read(self, tokens, positions, mask):
+        """Context latents (B, N, C) of tokens (B, N), and predicted ones (B, K, C).
+
+        positions, mask (B, N+K): of the tokens, then of what is predicted.
+        """
+        n_context = tokens.size(1)
+        n_queries = positions.size(1) - n_context
+        tokens = F.pad(tokens, (0, n_queries), value=self.cfg.mask)     # (B, N+K)
+        latents = self.context_encoder(tokens, positions, mask)
+        return latents.split((n_context, n_queries), dim=1)
 
     def predict(self, tokens, span_ids, n_removed=None):
         """As `TJEPA.predict`."""
-        cfg = self.cfg
-        n_removed = n_removed or max(1, round(tokens.size(1) * cfg.mask_ratio))
-        spans = tjepa.split_spans(span_ids, tokens, n_removed, cfg)
-        target = self.target_latents(tokens, spans)
-        kept = tokens.gather(1, spans.context)
-        context, states = self.read(kept, spans.context, spans.context_mask,
-                                    spans.removed, spans.removed_mask)
-        word_ids = tokens.gather(1, spans.removed).masked_fill(~spans.removed_mask, -100)
-        return tjepa.Prediction(spans.mean(states), target, spans.members.any(-1), context,
-                                spans.context_mask, states, word_ids)
+        n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        spans = tjepa.split_spans(span_ids, tokens, n_removed, self.cfg)
+        target = self.target_latents(spans)
+        kept, _, _ = spans.context()
+        context, states = self.read(kept, spans.positions, spans.real)
+        return tjepa.Prediction(spans.mean(states), target, context, states, spans)
 
     def word_logits(self, p):
         """Logits of each removed token, (B, K, V)."""
@@ -114,8 +111,8 @@ class NoPredictor(TJEPA):
         """As `TJEPA.think`."""
         real, next_pos = self.drop_tokens(question, drop)
         positions = torch.arange(question.size(1), device=question.device).expand_as(question)
-        every = torch.ones_like(next_pos).bool()
-        context, states = self.read(question, positions, real, next_pos, every)
+        positions = torch.cat((positions, next_pos), dim=1)
+        context, states = self.read(question, positions, F.pad(real, (0, 1), value=True))
         return tjepa.Thought(self.W(states[:, 0]), context, real)
 
 class MaskedLM(NoPredictor):
@@ -184,10 +181,10 @@ class BothDecoder(tjepa.Decoder):
         self.slots = nn.Linear(cfg.teacher_width or cfg.n_embd, cfg.n_slots * cfg.n_embd)
 
     def memory_slots(self, thought):
-        """`Thought` -> (B, M+T, C), mask (B, M+T)."""
-        slots, mask = super().memory_slots(thought)
-        return (torch.cat((slots, thought.context), dim=1),
-                torch.cat((mask, thought.context_mask), dim=1))
+        """`Thought` -> (B, M+T, C), and their mask from `additive`."""
+        slots, _ = super().memory_slots(thought)
+        mask = F.pad(thought.context_mask, (self.n_slots, 0), value=True)
+        return torch.cat((slots, thought.context), dim=1), tjepa.additive(mask)
 
 class BothMemories(TJEPA):
     """The decoder reads thought and token latents; needs memory=tokens, so that they are kept.

@@ -17,11 +17,10 @@ def test_energy_is_the_prediction_error_of_the_span():
     spans = torch.full_like(text, model.cfg.max_spans)
     spans[:, hidden] = 0
     seen = torch.tensor([[t for t in range(32) if t not in hidden]])
-    query = torch.tensor([hidden])
+    positions = torch.cat((seen, torch.tensor([hidden])), dim=1)
 
     context = model.context_encoder(text.gather(1, seen), seen)
-    states = model.predictor(context, seen, torch.ones_like(seen).bool(),
-                             query, torch.ones_like(query).bool())
+    states = model.predictor(context, positions, torch.ones_like(positions).bool())
     predicted = model.predictor.latent_proj(states).mean(1)
     target = tjepa.norm(model.encode(text)[:, hidden].mean(1))
     torch.testing.assert_close(model.energy(text, spans), ((predicted - target) ** 2).mean(1))
@@ -74,10 +73,10 @@ def test_sigreg_has_its_published_values():
     torch.manual_seed(0)
     z = torch.randn(1024, 64)
     point = tjepa.norm(torch.randn(1, 64)).expand(256, 64)
-    assert abs(1024 * tjepa.sigreg(z, 512) - 1.05) < 0.25
-    assert abs(tjepa.sigreg(torch.zeros(256, 64)) - 0.402) < 0.01
-    assert abs(tjepa.sigreg(point, 4096) - 1.06) < 0.1
-    assert tjepa.sigreg(torch.nn.functional.normalize(z, dim=-1)) > 0.35
+    assert abs(1024 * tjepa.SIGReg(512)(z) - 1.05) < 0.25
+    assert abs(tjepa.SIGReg()(torch.zeros(256, 64)) - 0.402) < 0.01
+    assert abs(tjepa.SIGReg(4096)(point) - 1.06) < 0.1
+    assert tjepa.SIGReg()(torch.nn.functional.normalize(z, dim=-1)) > 0.35
 
 
 # -- the collapse panel ----------------------------------------------------------------------------

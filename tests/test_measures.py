@@ -181,7 +181,6 @@ def test_knn_overlap_is_by_direction():
 class Mixture:
     """An encoder of known content: a latent is `own` parts of its token and `context` parts of the
     last token of its row, plus an offset of 5."""
-    target_encoder = None
     target_latents = tjepa.TJEPA.target_latents
 
     def __init__(self, own, context, target="token"):
@@ -190,11 +189,12 @@ class Mixture:
         self.words, self.texts = cloud(60, 32), cloud(60, 32, 1)
         self.read = []
 
-    def encode(self, tokens, encoder=None):
-        """tokens (B, T) -> (B, T, C); remembers what it has read."""
-        self.read.append(tokens)
-        text = self.texts[tokens[:, -1:]]
-        return 5 + self.own * self.words[tokens] + self.context * text
+    def target_encoder(self, tokens, positions, mask, top_k, n_last):
+        """tokens (B, T) -> (B, n_last, C); remembers what it has read, in the order of the text."""
+        self.read.append(tokens.gather(1, positions.argsort(1)))
+        text = self.texts[self.read[-1][:, -1:]]
+        latents = 5 + self.own * self.words[tokens] + self.context * text
+        return latents[:, -n_last:]
 
 
 def removed(tokens, lengths):
@@ -231,8 +231,8 @@ def test_content_sensitivity_swaps_what_is_removed_and_nothing_else():
 def test_content_sensitivity_of_a_tjepa_is_between_tokens_and_context():
     """Spans as in training. Padding is never swapped, neither in nor out."""
     model, tokens = make(), rows(16, pad=1)
-    read, encode = [], model.encode
-    model.encode = lambda text, encoder: read.append(text) or encode(text, encoder)
+    read = []
+    model.target_encoder.embed.register_forward_hook(lambda *args: read.append(args[1][0]))
     spans = tjepa.sample_spans(tokens, model.word_start, model.cfg)
     assert 0.1 < measures.content_sensitivity(model, tokens, spans) < 1.2
     assert torch.equal(read[0] == PAD, read[1] == PAD)

@@ -179,7 +179,7 @@ def test_log_probabilities_are_those_of_the_loss_and_of_greedy_speech(spoken):
     run, questions = spoken, spoken.questions
     thoughts = lab.think(run, questions)
     answers = questions.answer_tokens[questions.answer_of]
-    answers = controls.with_end(answers, run.corpus.tokenizer)
+    answers = train.with_end(answers, run.corpus.tokenizer)
     noise, run.model.cfg.noise = run.model.cfg.noise, 0.0
     goals = torch.zeros(len(answers), run.cfg.n_embd)
     loss, _ = run.model.speak_loss(thoughts, answers, goals, 0.0)

@@ -28,10 +28,11 @@ HERE = Path(__file__).resolve().parent
 # so that it also runs as a plain script
 sys.path.insert(0, str(HERE.parents[1]))
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from data.typed import TESTS, as_typed, plain  # noqa: E402
 
 # what the written files depend on, beside the flags
-SOURCES = ("facts.tsv", "templates.tsv", "invented.tsv", "prepare.py")
-TOKENIZER = HERE.parent / "tokenizer.py"
+SOURCES = ("facts.tsv", "templates.tsv", "invented.tsv", "natural.tsv", "nonsense.txt",
+           "prepare.py", "../tokenizer.py", "../typed.py")
 # Statements of a relation that are used: with 13 the same facts took twice as many steps to learn.
 WORDINGS = 8
 # How many facts of each relation make the tiny world: the most famous ones, which stand first in
@@ -54,8 +55,8 @@ def read_tsv(name):
 def fingerprint(facts, vocab_size, block_size, seed, tokenizer):
     """What the written files depend on, as a dict: each gets a folder of its own."""
     sources = hashlib.sha256()
-    for path in [HERE / name for name in SOURCES] + [TOKENIZER]:
-        sources.update(path.read_bytes())
+    for name in SOURCES:
+        sources.update((HERE / name).read_bytes())
     return dict(facts=facts, vocab_size=vocab_size, block_size=block_size, seed=seed,
                 tokenizer=tokenizer, sources=sources.hexdigest()[:16])
 
@@ -90,15 +91,42 @@ def select(which):
 
 
 def questions(facts, templates):
-    """Rows of qa.tsv: split, phrasing, relation, subject, question, answer."""
+    """Rows of qa.tsv: split, phrasing, relation, subject, question, answer.
+
+    trained    the wordings of phases 2 and 3
+    heldout    wordings that are never trained on
+    typed      these with the noise of phase 2, once each: they set the threshold
+    natural    as people write, natural.tsv; for the final evaluation alone, like the rest
+    lower, no_mark, typo     the held-out wordings with the noise of the test
+    nonsense   lines of nonsense.txt
+    """
     relations = {relation for _, relation, _, _ in facts}
     invented = [(subject, relation, ABSTAIN, "NEVER")
                 for subject, relation in read_tsv("invented.tsv") if relation in relations]
-    asked = facts + invented
-    return [(split, phrasing, relation, subject, sentence(template, subject), answer)
-            for subject, relation, answer, split in asked
-            for phrasing, kind in (("trained", "question"), ("heldout", "heldout"))
-            for template in templates[relation, kind]]
+    natural = {}
+    for relation, template in read_tsv("natural.tsv"):
+        natural.setdefault(relation, []).append(template)
+    rng = random.Random(0)
+    rows = []
+
+    def add(phrasing, question):
+        """One row more, about the fact of the loop below."""
+        rows.append((split, phrasing, relation, subject, question, answer))
+
+    for subject, relation, answer, split in facts + invented:
+        for template in templates[relation, "question"]:
+            add("trained", sentence(template, subject))
+        for template in templates[relation, "heldout"]:
+            question = sentence(template, subject)
+            add("heldout", question)
+            add("typed", as_typed(question, subject, rng))
+            for phrasing, noise in TESTS.items():
+                add(phrasing, noise(question))
+        for template in natural[relation]:
+            add("natural", template.replace("{s}", subject))
+    for line, in read_tsv("nonsense.txt"):
+        rows.append(("NEVER", "nonsense", "none", line, line, ABSTAIN))
+    return rows
 
 
 def paragraphs(tokens, by_subject, block_size, epochs, rng):
@@ -242,15 +270,18 @@ def render(folder, meta):
                  for (subject, _, answer, _), chosen in zip(world, wordings)]
     qa = questions(world, templates)
 
-    # The tokenizer sees the sentences of the text and the questions, so that both are cut into
-    # the same words.
+    # The tokenizer sees the sentences of the text and the trained questions, so that both are cut
+    # into the same words; the names of invented subjects it does not see.
     sample = [" ".join(said[1:]) for said in sentences]
-    sample += sorted({row[4] for row in qa})
+    sample += sorted({row[4] for row in qa if row[1] == "trained" and row[0] != "NEVER"})
     if meta["tokenizer"] == "gpt2":
         tokenizer = Tokenizer.gpt2()
     else:
         tokenizer = Tokenizer(train_bpe("\n".join(sample), meta["vocab_size"] - 4))
     tokens = [tokenizer.encode_batch([" " + sentence for sentence in said]) for said in sentences]
+    # noise may make a question longer than a row: it cannot be asked then
+    qa = [row for row in qa if row[1] in ("trained", "heldout")
+          or len(tokenizer.encode(" " + plain(row[4]))) <= block_size]
     subjects = {}
     for i, (subject, *_) in enumerate(world):
         subjects.setdefault(subject, []).append(i)

@@ -1,0 +1,101 @@
+"""
+Questions as people type them: noise for training, and other noise for tests.
+
+    trained     What is the capital of France?
+    as_typed    capital of frnace               what phase 2 may see instead
+    TESTS       What is the capital of Frajce?  what the final evaluation asks, never trained on
+
+The two share no function. Training swaps, drops and doubles letters; the test presses a
+neighbouring key. So a figure on the test says something about typing, and not about one function.
+"""
+import collections
+import random
+import re
+
+# What follows from a standard keyboard: the letters beside each letter of a row.
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+
+def plain(question):
+    """A question as it is encoded: straight quotes, single blanks, and ALL CAPS in lower case."""
+    question = " ".join(question.translate(QUOTES).split())
+    return question.lower() if question.isupper() else question
+
+# -- training --------------------------------------------------------------------------------------
+
+def as_typed(question, subject, rng):
+    """A question as someone may type it: lower case, no mark, no quotes, clipped, with a typo.
+
+    subject: the part of the question that is never clipped. rng: a random.Random.
+    """
+    if rng.random() < 0.25:
+        question = clipped(question, subject, rng)
+    if rng.random() < 0.5:
+        question = question.rstrip("?.")
+    if rng.random() < 0.5:
+        question = requoted(question, rng)
+    if rng.random() < 0.6:
+        question = question.lower()
+    if rng.random() < 0.5:
+        question = misspelled(question, rng)
+    return question
+
+def clipped(question, subject, rng):
+    """Without some of the words before the subject; two of them stay."""
+    before, found, after = question.partition(subject)
+    words = before.split(" ")           # the last one is empty, or a quotation mark
+    if len(words) < 4:
+        return question
+    start = rng.randrange(1, len(words) - 2)
+    return " ".join(words[start:]) + found + after
+
+def requoted(question, rng):
+    """Without its quotation marks, or with double ones. An apostrophe inside a word stays."""
+    mark = rng.choice(("", "", '"'))
+    return re.sub(r"(?<!\w)'(.*?)'(?!\w)", lambda match: mark + match[1] + mark, question)
+
+def misspelled(text, rng):
+    """With one letter swapped with the next, left out, or doubled."""
+    places = [i for i in range(len(text) - 1) if text[i].isalpha() and text[i + 1].isalpha()]
+    if not places:
+        return text
+    i = rng.choice(places)
+    middle = rng.choice((text[i + 1] + text[i], text[i + 1], text[i] + text[i + 1] * 2))
+    return text[:i] + middle + text[i + 2:]
+
+def made_up(subject, other, rng):
+    """A subject that nothing is known about: the begin of one, new letters, the end of another."""
+    begin = subject[:rng.randrange(1, len(subject) + 1)]
+    end = other[rng.randrange(len(other)):]
+    letters = (rng.choice("aeiou" if i % 2 else "bdfgklmnprstvz") for i in range(8))
+    return begin + "".join(letters)[:rng.randrange(2, 9)] + end
+
+def subjects_of(questions):
+    """What each question is about: its rarest word among all questions, the longest of several.
+
+    For pairs of one's own, where only the question is known. A question of one word is about it.
+    """
+    words = [re.findall(r"\w+", question) for question in questions]
+    counts = collections.Counter(word for found in words for word in set(found))
+    return [min(found, key=lambda word: (counts[word], -len(word)), default=question)
+            for found, question in zip(words, questions)]
+
+# -- tests -----------------------------------------------------------------------------------------
+
+def neighbour_typo(question):
+    """One letter replaced by a neighbouring key: a function of the question alone."""
+    rng = random.Random(question)
+    places = [i for i, letter in enumerate(question) if letter.lower() in "".join(ROWS)]
+    i = rng.choice(places)
+    letter = question[i].lower()
+    row = next(row for row in ROWS if letter in row)
+    at = row.index(letter)
+    wrong = rng.choice(row[max(0, at - 1):at] + row[at + 1:at + 2])
+    return question[:i] + (wrong.upper() if question[i].isupper() else wrong) + question[i + 1:]
+
+TESTS = dict(
+    lower=str.lower,
+    no_mark=lambda question: question.rstrip("?."),
+    typo=neighbour_typo,
+)
