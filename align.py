@@ -105,7 +105,7 @@ def align(run):
     reads_text = "tokens" in parts or "pooled" in parts
     run.teacher.model.to(run.device).requires_grad_(False)
     taught = questions.where("DEC", "LAT", phrasing="trained")
-    held_out = questions.only("heldout", "typed")
+    held_out = questions.only("heldout", "typed", "made_up")
     if reads_text:
         torch.manual_seed(0)            # the same rows when a run is resumed
         rows = run.corpus.train.batch(512).to(run.device)

@@ -164,40 +164,55 @@ def recall(run, questions, table, cells=2 ** 24):
     """
     size = max(1, cells // len(table))
     thoughts = think_all(run, questions.tokens)
-    ranks, nearest = [], []
+    ranks = []
     for rows in torch.arange(len(questions.rows)).split(size):
         distance = torch.cdist(thoughts.latent[rows], table)                    # (size, A)
         rivals = distance.masked_fill(~questions.rivals_of(rows), torch.inf)
         own = rivals.gather(1, questions.answer_of[rows, None])                 # (size, 1)
         # <= and not <: a tie is lost, or latents collapsed to one point would always be right
         ranks.append((rivals <= own).sum(1))
-        nearest.append(distance.amin(1))
     rank = torch.cat(ranks)                                                     # (n,)
 
     r1 = by_split(questions, "r1", rank == 1)
     mrr = by_split(questions, "mrr", 1 / rank)
-    return r1 | mrr | abstention(questions, torch.cat(nearest))
+    distance, nearest = nearest_concept(run, thoughts.latent)
+    return r1 | mrr | abstention(questions, distance, nearest == questions.answer_of)
 
-def threshold_of(questions, distance):
+def usual_phrasing(questions):
+    """heldout, or trained where no wording is held out."""
+    return "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
+
+def threshold_of(questions, distance, right):
     """How far a thought may lie from the nearest known concept before it is called unknown.
 
-    distance: (n,). The threshold keeps 95 % of the DEC questions in wordings that were never
-    trained on, half of them with the noise of phase 2. Without such wordings it keeps all that
-    were taught; the margin is for rounding: asked alone, or in bf16, a distance differs a little.
+    distance (n,): to the nearest concept; right (n,): is it the answer? The threshold tells best
+    (mean of both shares) questions about DEC facts that are thought rightly, in wordings that were
+    not trained and with the noise of phase 2, from questions about made-up subjects. Where no
+    wording is held out, it keeps all that was taught, too; the margin is for rounding: asked
+    alone, or in bf16, a distance differs a little.
     """
     known = questions.where("DEC", phrasing=("heldout", "typed"))
-    if len(questions.where("DEC", phrasing="heldout")):
-        return distance[known].quantile(0.95).item()
+    known = distance[known[right[known]]].sort().values                         # (k,)
+    unknown = distance[questions.where("NEVER", phrasing="made_up")]
+    best = 0.0
+    if len(known):
+        kept = torch.arange(1, len(known) + 1, device=known.device) / len(known)
+        refused = (unknown[:, None] > known).float().mean(0).nan_to_num(0)      # (k,)
+        best = known[(kept + refused).argmax()].item()
+    if usual_phrasing(questions) == "heldout":
+        return best
     taught = questions.where("DEC", "NEW", phrasing="trained")
-    return 1.05 * distance[torch.cat((taught, known))].amax().item()
+    return max(best, 1.05 * distance[taught].amax().item())
 
 def nearest_concept(run, latent, size=4096):
     """Distance of each thought (n, D) to the nearest concept, (n,), and the concept's number."""
     parts = [torch.cdist(rows, run.concepts).min(1) for rows in latent.split(size)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
-def abstention(questions, distance):
+def abstention(questions, distance, right):
     """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
+
+    right: bool (n,), is that concept the answer?
 
     threshold           see `threshold_of`
     abstain             share of NEVER questions beyond it, in held-out wordings if there are any
@@ -206,9 +221,9 @@ def abstention(questions, distance):
     auroc               chance that a NEVER question lies farther away than a DEC question of the
                         same wording
     """
-    figures = {"threshold": threshold_of(questions, distance)}
+    figures = {"threshold": threshold_of(questions, distance, right)}
     beyond = (distance > figures["threshold"]).float()
-    usual = "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
+    usual = usual_phrasing(questions)
     wordings = {"abstain": usual, "abstain_typing": TYPING, "abstain_nonsense": "nonsense"}
     for name, phrasing in wordings.items():
         never = questions.where("NEVER", phrasing=phrasing)
@@ -236,25 +251,25 @@ def say(run, thoughts, size=512):
 def exact_match(run, questions, thoughts):
     """EM and sure by split and phrasing; and em_shuffled, the control.
 
-    em_shuffled: EM over DEC and LAT when each thought is replaced by another question's. If it
-    were high, the decoder would not need the thought.
+    em_shuffled: EM over DEC and LAT, in wordings that were not trained, when each thought is
+    replaced by another question's. If it were high, the decoder would not need the thought.
     """
-    n = len(questions.rows)
-    answers = [row.answer for row in questions.rows]
-
-    def matches(thoughts):
-        """Which answers are said exactly: bool (n,)."""
+    def says_its_answer(which, thoughts):
+        """Which questions (numbers, (m,)) are answered exactly by their thoughts: bool (m,)."""
+        answers = [questions.rows[i].answer for i in which.tolist()]
         equal = [said == answer for said, answer in zip(say(run, thoughts), answers)]
         return torch.tensor(equal, device=run.device)
 
-    right = matches(thoughts)
-    distance = nearest_concept(run, thoughts.latent)[0]
-    known = distance <= threshold_of(questions, distance)
+    spoken = questions.where(*SPLITS)
+    right = torch.zeros(len(questions.rows), dtype=torch.bool, device=run.device)
+    right[spoken] = says_its_answer(spoken, thoughts.rows(spoken))
+    distance, nearest = nearest_concept(run, thoughts.latent)
+    known = distance <= threshold_of(questions, distance, nearest == questions.answer_of)
     figures = by_split(questions, "em", right) | by_split(questions, "sure", right & known)
 
+    control = questions.where("DEC", "LAT", phrasing=usual_phrasing(questions))
     # the same permutation at every evaluation
     torch.manual_seed(0)
-    shuffled = thoughts.rows(torch.randperm(n, device=run.device))
-    spoken = questions.where("DEC", "LAT")
-    figures["em_shuffled"] = matches(shuffled)[spoken].float().mean().item()
+    others = control[torch.randperm(len(control), device=run.device)]
+    figures["em_shuffled"] = says_its_answer(control, thoughts.rows(others)).float().mean().item()
     return figures

@@ -58,7 +58,8 @@ class Config:
     mask_ratio: float = 0.35    # share of the tokens that is removed: higher is harder and cheaper
     max_span: int = 8           # longest span drawn, before it is widened to whole words
     target: str = "span"        # span: one mean latent per span, as in the paper | token
-    top_k: int = 4              # the target is the mean of so many last layers; paper: 1
+    top_k: int = 4              # the target is the mean of so many last layers; paper: 1; one more
+                                # than n_layer: the embedding counts too
     target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
     loss: str = "mse"           # distance to the target: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
@@ -88,7 +89,7 @@ class Config:
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
             ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size, "lower"),
             ("n_embd pred_embd", lambda v: v % width == 0, f"a multiple of 2 * n_head = {width}"),
-            ("top_k", lambda v: v <= self.n_layer, f"1 to n_layer = {self.n_layer}"),
+            ("top_k", lambda v: v <= self.n_layer + 1, f"1 to n_layer + 1 = {self.n_layer + 1}"),
             ("target", *one_of("span", "token")),
             ("memory", *one_of("thought", "tokens")),
             ("loss", *one_of("mse", "infonce")),
@@ -258,7 +259,8 @@ class Encoder(nn.Module):
     def forward(self, tokens, positions, mask=None, top_k=1, n_last=None):
         """tokens (B, T) at positions (B, T) or (T,), mask bool (B, T) -> latents (B, T, C).
 
-        The latents are the mean of the last top_k layers, each layer-normed. The context
+        The latents are the mean of the last top_k layers, each layer-normed; the embedding is a
+        layer, too. The context
         encoder's output is its last layer (top_k=1); the target is the mean of the last
         cfg.top_k layers of the target encoder. n_last: latents of the last n_last tokens alone,
         (B, n_last, C); only they pass through the last block.
@@ -267,7 +269,7 @@ class Encoder(nn.Module):
         mask = None if mask is None else additive(mask)
         asked = slice(None) if n_last is None else slice(-n_last, None)
         x = self.embed(tokens)                          # (B, T, C)
-        layers = []
+        layers = [x[:, asked]]
         for block in self.blocks[:-1]:
             x = block(x, rope, mask)
             layers.append(x[:, asked])
@@ -446,7 +448,9 @@ class Decoder(nn.Module):
         """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
         if self.slots is None:
             return thought.context, additive(thought.context_mask)
-        return self.slots(thought.latent).unflatten(-1, (self.n_slots, -1)), None
+        # Normed: a thought that is not sure is shorter, and should be said all the same.
+        slots = self.slots(norm(thought.latent))
+        return slots.unflatten(-1, (self.n_slots, -1)), None            # (B, M, C)
 
     def read(self, thought):
         """`Thought` -> the `Memory` of each block."""

@@ -713,7 +713,7 @@ def distill(run):
 
 def recall(run, whole):
     """Figures of the thoughts: of all questions, or between evaluations of held-out wordings."""
-    questions = run.questions if whole else run.questions.only("heldout", "typed")
+    questions = run.questions if whole else run.questions.only("heldout", "typed", "made_up")
     return evaluate.recall(run, questions, run.concepts)
 
 class Lessons(NamedTuple):
@@ -770,7 +770,7 @@ def draw_lessons(run, lessons):
 def speak(run):
     """Phase 3: the decoder learns to say thoughts."""
     lessons = make_lessons(run)
-    held_out = run.questions.only("heldout", "typed")
+    held_out = run.questions.only("heldout", "typed", "made_up")
     thoughts_of_all = evaluate.think_all(run, run.questions.tokens)
     thoughts_of_held_out = evaluate.think_all(run, held_out.tokens)
     parts = run.in_parts(lambda: (draw_lessons(run, lessons),))
@@ -807,7 +807,7 @@ def teach(run):
     said = [questions.rows[i].split != "LAT" for i in asked.tolist()]
     said = torch.tensor([*said, False], device=run.device)
     draw_questions = questions.drawing(asked, cfg.qa_batch_size, cfg.question_noise, cfg.made_up)
-    held_out = questions.only("heldout", "typed")
+    held_out = questions.only("heldout", "typed", "made_up")
 
     def draw():
         """Numbers of questions and their tokens, and as many numbers of echoed answers."""

@@ -18,7 +18,7 @@ from data.added import add_pairs  # noqa: F401
 from data.facts.prepare import prepare as prepare_facts
 from data.inputs import printable, read_pairs, read_text, read_vectors  # noqa: F401
 from data.tokenizer import Tokenizer, train_bpe
-from data.typed import as_typed, made_up, plain, subjects_of  # noqa: F401
+from data.typed import as_typed, made_up, nonsense, plain, subjects_of  # noqa: F401
 
 
 class QA(NamedTuple):
@@ -166,7 +166,8 @@ def read_fitting(path, tokenizer, block_size, answer_size):
 def read_qa(path, tokenizer, block_size, answer_size):
     """A student's own pairs as a list of QA. All are taught; the file's relation is 'qa'.
 
-    Each question is there once more with the noise of phase 2: typed. As in `read_fitting`.
+    Each question is there twice more, with the noise of phase 2 (typed) and about a made-up
+    subject: they set the threshold. Errors as in `read_fitting`.
     """
     pairs = read_fitting(path, tokenizer, block_size, answer_size)
     subjects = subjects_of([question for question, _ in pairs])
@@ -174,9 +175,11 @@ def read_qa(path, tokenizer, block_size, answer_size):
     rows = []
     for subject, (question, answer) in zip(subjects, pairs):
         rows.append(QA("DEC", "trained", "qa", subject, question, answer))
-        typed = as_typed(question, subject, rng)
-        if len(tokenizer.encode(" " + plain(typed))) <= block_size:
-            rows.append(QA("DEC", "typed", "qa", subject, typed, answer))
+        name = made_up(subject, rng.choice(subjects), rng)
+        others = [QA("DEC", "typed", "qa", subject, as_typed(question, subject, rng), answer),
+                  QA("NEVER", "made_up", "qa", name, question.replace(subject, name), "")]
+        rows += [row for row in others if len(tokenizer.encode(" " + plain(row.question)))
+                 <= block_size]
     return rows
 
 
@@ -320,9 +323,12 @@ class Questions:
                 row = rows[number]
                 question, subject = row.question, row.subject
                 if rng.random() < unknown:
-                    name = made_up(subject, rng.choice(rows).subject, rng)
-                    question, subject = question.replace(subject, name), name
                     which[place] = m
+                    name = made_up(subject, rng.choice(rows).subject, rng)
+                    known, question = question, question.replace(subject, name)
+                    if rng.random() < 0.3:
+                        question = nonsense(known, subject, rng)
+                    subject = name
                 if rng.random() < noise:
                     question = as_typed(question, subject, rng)
                 ids = tokens[number]

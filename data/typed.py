@@ -15,6 +15,9 @@ import re
 # What follows from a standard keyboard: the letters beside each letter of a row.
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
+# words at the beginning of a question that may be left out
+LITTLE = set("a any by can could do give i idea in is know me my name of on please tell the to want "
+             "what what's which who who's whose you".split())
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 def plain(question):
@@ -42,13 +45,14 @@ def as_typed(question, subject, rng):
     return question
 
 def clipped(question, subject, rng):
-    """Without some of the words before the subject; two of them stay."""
+    """Without some of the little words before the subject: what is asked for stays."""
     before, found, after = question.partition(subject)
-    words = before.split(" ")           # the last one is empty, or a quotation mark
-    if len(words) < 4:
-        return question
-    start = rng.randrange(1, len(words) - 2)
-    return " ".join(words[start:]) + found + after
+    words = before.split(" ")
+    little = 0
+    while little < len(words) and words[little].lower().strip(",:") in LITTLE:
+        little += 1
+    words = words[rng.randrange(little + 1):]
+    return " ".join(words) + found + after
 
 def requoted(question, rng):
     """Without its quotation marks, or with double ones. An apostrophe inside a word stays."""
@@ -63,6 +67,15 @@ def misspelled(text, rng):
     i = rng.choice(places)
     middle = rng.choice((text[i + 1] + text[i], text[i + 1], text[i] + text[i + 1] * 2))
     return text[:i] + middle + text[i + 2:]
+
+def nonsense(question, subject, rng):
+    """Some words of a question in another order, without its subject, and words of random letters."""
+    words = question.replace(subject, "").split()
+    words = rng.sample(words, rng.randrange(len(words) + 1))
+    for _ in range(rng.randrange(0 if words else 1, 4)):
+        word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(1, 9)))
+        words.insert(rng.randrange(len(words) + 1), word)
+    return " ".join(words)
 
 def made_up(subject, other, rng):
     """A subject that nothing is known about: the begin of one, new letters, the end of another."""

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 # so that it also runs as a plain script
 sys.path.insert(0, str(HERE.parents[1]))
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
-from data.typed import TESTS, as_typed, plain  # noqa: E402
+from data.typed import TESTS, as_typed, made_up, plain  # noqa: E402
 
 # what the written files depend on, beside the flags
 SOURCES = ("facts.tsv", "templates.tsv", "invented.tsv", "natural.tsv", "nonsense.txt",
@@ -95,7 +95,8 @@ def questions(facts, templates):
 
     trained    the wordings of phases 2 and 3
     heldout    wordings that are never trained on
-    typed      these with the noise of phase 2, once each: they set the threshold
+    typed      these with the noise of phase 2, once each
+    made_up    these about made-up subjects; with typed ones they set the threshold
     natural    as people write, natural.tsv; for the final evaluation alone, like the rest
     lower, no_mark, typo     the held-out wordings with the noise of the test
     nonsense   lines of nonsense.txt
@@ -106,6 +107,9 @@ def questions(facts, templates):
     natural = {}
     for relation, template in read_tsv("natural.tsv"):
         natural.setdefault(relation, []).append(template)
+    subjects = {}
+    for subject, relation, _, _ in facts:
+        subjects.setdefault(relation, []).append(subject)
     rng = random.Random(0)
     rows = []
 
@@ -120,6 +124,9 @@ def questions(facts, templates):
             question = sentence(template, subject)
             add("heldout", question)
             add("typed", as_typed(question, subject, rng))
+            if split == "DEC":
+                name = made_up(subject, rng.choice(subjects[relation]), rng)
+                rows.append(("NEVER", "made_up", relation, name, sentence(template, name), ABSTAIN))
             for phrasing, noise in TESTS.items():
                 add(phrasing, noise(question))
         for template in natural[relation]:
