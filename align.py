@@ -105,7 +105,7 @@ def align(run):
     reads_text = "tokens" in parts or "pooled" in parts
     run.teacher.model.to(run.device).requires_grad_(False)
     taught = questions.where("DEC", "LAT", phrasing="trained")
-    held_out = questions.only("heldout", "typed", "made_up")
+    held_out = questions.only(*data.QUICK)
     if reads_text:
         torch.manual_seed(0)            # the same rows when a run is resumed
         rows = run.corpus.train.batch(512).to(run.device)
@@ -146,5 +146,5 @@ def align(run):
 
     def measure(whole):
         """Figures of the thoughts, as in `train.distill`."""
-        return evaluate.recall(run, questions if whole else held_out, run.concepts)
+        return evaluate.recall(run, questions.fewer() if whole else held_out, run.concepts)
     return loss_at, measure

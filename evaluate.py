@@ -20,6 +20,7 @@ A fact's split says how it was taught: DEC, LAT, TXT, NEVER (data/facts), NEW (-
 n is a number of rows, A of answers, T of tokens, S of spans; C and D are latent widths.
 """
 import torch
+from torch.nn import functional as F
 
 import tjepa
 
@@ -130,21 +131,26 @@ def cloze(run, relation):
 # -- phase 2: the thought --------------------------------------------------------------------------
 @torch.no_grad()
 def think_all(run, tokens, size=1024):
-    """The thoughts of n questions (n, T), `size` at a time: a `Thought` of n rows.
+    """The thoughts of n questions (n, T), `size` of similar length at a time: a `Thought` of n rows.
 
     Token latents are kept only where the decoder reads them (memory=tokens): they are large.
     """
+    lengths = (tokens != run.model.cfg.pad).sum(1)
+    order = lengths.argsort(stable=True)
     parts = []
-    for question in tokens.split(size):
+    for rows in order.split(size):
+        question = tokens[rows, :lengths[rows[-1]]]
         with run.autocast():
             thought = run.model.think(question)
-        kept = question.size(1) if run.cfg.memory == "tokens" else 0
+        kept, rest = 0, 0
+        if run.cfg.memory == "tokens":
+            kept, rest = question.size(1), tokens.size(1) - question.size(1)
         parts.append(tjepa.Thought(
             latent=thought.latent.float(),
-            context=thought.context[:, :kept].float(),
-            context_mask=thought.context_mask[:, :kept],
+            context=F.pad(thought.context[:, :kept].float(), (0, 0, 0, rest)),
+            context_mask=F.pad(thought.context_mask[:, :kept], (0, rest)),
         ))
-    return tjepa.Thought(*(torch.cat(tensors) for tensors in zip(*parts)))
+    return tjepa.Thought(*(torch.cat(tensors) for tensors in zip(*parts))).rows(order.argsort())
 
 def by_split(questions, name, score):
     """Means of a score (n,) by split and phrasing: name_DEC, name_DEC_heldout, ..."""

@@ -51,7 +51,7 @@ class Config:
     n_layer: int = 4            # blocks of the encoder; time grows linearly
     n_head: int = 4             # attention heads of every block; divides n_embd and pred_embd
     n_embd: int = 128           # width of the latents and bound of their rank; cost ~ its square
-    pred_layer: int = 2         # blocks of the predictor; with too few the encoder must predict
+    pred_layer: int = 1         # blocks of the predictor; a second costs a fifth of a step
     pred_embd: int = 128        # width of the predictor; half of n_embd makes a step .8 as long
     dec_layer: int = 3          # blocks of the decoder: it only finds words for a finished thought
     answer_size: int = 24       # longest answer in tokens, its end token included
@@ -67,7 +67,7 @@ class Config:
     ema_half_life: float = 100  # steps until half of the target is new; 0: copy, inf: frozen
     stop_gradient: bool = True  # if off, the context encoder is the target, with gradient
     teacher_width: int = 0      # width of the teacher's latents; 0 = the own target encoder teaches
-    question_drop: float = 0.2  # share of question tokens dropped in phase 2, against rote wordings
+    question_drop: float = 0.0  # share of question tokens dropped in phase 2, against rote wordings
     memory: str = "thought"     # what the decoder reads: thought | tokens (latents of the question)
     n_slots: int = 4            # memory slots of a thought; attention over 1 slot is a constant
     noise: float = 0.45         # noise on the thoughts in phase 3: predicted thoughts are inexact
@@ -573,7 +573,7 @@ class TJEPA(nn.Module):
         self.register_buffer("word_start", torch.as_tensor(word_start), persistent=False)
         width = cfg.teacher_width or cfg.n_embd
         self.register_buffer("answer_mean", torch.zeros(width))
-        self.register_buffer("answer_std", torch.ones(width))
+        self.register_buffer("answer_scale", torch.eye(width))
 
     def init_weights(self, module):
         """Variance-preserving matrices at any width: GPT-2's std of .02 makes narrow ones collapse.
@@ -704,19 +704,26 @@ class TJEPA(nn.Module):
     # -- phase 2: teach answers in latent space ----------------------------------------------------
 
     def set_answers(self, latents):
-        """Standardise the teacher's answer latents per dimension: (n, D) -> L_a (n, D).
+        """Standardise the teacher's answer latents: (n, D) -> L_a (n, D), of mean 0 and variance 1.
 
         The teacher gives an answer the mean latent of its tokens, read without the question: the
         question would leak into it. By default the teacher is `concept`, the own target encoder.
-        Mean and std over all answers are kept, so that later latents get the same scale.
+        Most of the variance lies in few directions, those of what texts are about: there Hanoi
+        and the dong are one. So each principal direction is divided by the root of its standard
+        deviation: half way to white. Mean and scale are kept for later latents.
         """
         self.answer_mean.copy_(latents.mean(0))
-        self.answer_std.copy_(latents.std(0, correction=0).clamp(min=1e-3))
+        centred = (latents - self.answer_mean).cpu().double()
+        variance, axes = torch.linalg.eigh(centred.T @ centred / len(latents))
+        variance = variance.clamp(min=0) + 0.01 * variance.mean() + 1e-12
+        scale = axes * variance ** -0.25 @ axes.T                       # (D, D)
+        size = (centred @ scale).square().mean().sqrt().clamp(min=1e-6)
+        self.answer_scale.copy_(scale / size)
         return self.standardise(latents)
 
     def standardise(self, latents):
         """A teacher's latents (n, D) on the scale of thoughts."""
-        return (latents - self.answer_mean) / self.answer_std
+        return (latents - self.answer_mean) @ self.answer_scale
 
     def drop_tokens(self, question, drop):
         """Tokens of question (B, T) to read, bool (B, T), and the position after it, (B, 1)."""

@@ -76,13 +76,13 @@ class Config(tjepa.Config):
     masks: int = 1              # span masks drawn for each row; time and memory grow with it
     qa_batch_size: int = 128    # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, to save memory
-    pretrain_steps: int = 800   # steps of phase 1; 0 = the control with a random encoder
-    distill_steps: int = 700    # steps of phase 2; 0 = the control that is taught nothing
-    speak_steps: int = 500      # steps of phase 3
+    pretrain_steps: int = 700   # steps of phase 1; 0 = the control with a random encoder
+    distill_steps: int = 400    # steps of phase 2; 0 = the control that is taught nothing
+    speak_steps: int = 300      # steps of phase 3
     teach_steps: int = 200      # steps of --phase=teach
     pretrain_lr: float = 1e-3   # peak learning rate of phase 1
-    distill_lr: float = 5e-4    # peak learning rate of phase 2; if too high, the text is forgotten
-    speak_lr: float = 1e-3      # peak learning rate of phase 3
+    distill_lr: float = 2e-3    # peak learning rate of phase 2; if too high, the text is forgotten
+    speak_lr: float = 1.5e-3    # peak learning rate of phase 3
     teach_lr: float = 5e-4      # peak learning rate of --phase=teach
     warmup: float = 0.05        # share of the steps in which the learning rate rises
     weight_decay: float = 0.05  # on matrices; not on norms, biases, embeddings, mask token
@@ -713,7 +713,7 @@ def distill(run):
 
 def recall(run, whole):
     """Figures of the thoughts: of all questions, or between evaluations of held-out wordings."""
-    questions = run.questions if whole else run.questions.only("heldout", "typed", "made_up")
+    questions = run.questions.fewer() if whole else run.questions.only(*data.QUICK)
     return evaluate.recall(run, questions, run.concepts)
 
 class Lessons(NamedTuple):
@@ -770,8 +770,8 @@ def draw_lessons(run, lessons):
 def speak(run):
     """Phase 3: the decoder learns to say thoughts."""
     lessons = make_lessons(run)
-    held_out = run.questions.only("heldout", "typed", "made_up")
-    thoughts_of_all = evaluate.think_all(run, run.questions.tokens)
+    held_out, every = run.questions.only(*data.QUICK), run.questions.fewer()
+    thoughts_of_all = evaluate.think_all(run, every.tokens)
     thoughts_of_held_out = evaluate.think_all(run, held_out.tokens)
     parts = run.in_parts(lambda: (draw_lessons(run, lessons),))
 
@@ -786,7 +786,7 @@ def speak(run):
     def measure(whole):
         """Exact match: of all questions at the end, of held-out wordings before."""
         if whole:
-            return evaluate.exact_match(run, run.questions, thoughts_of_all)
+            return evaluate.exact_match(run, every, thoughts_of_all)
         return evaluate.exact_match(run, held_out, thoughts_of_held_out)
     return loss_at, measure
 
@@ -799,7 +799,7 @@ def teach(run):
     cfg, model, questions, concepts = run.cfg, run.model, run.questions, run.concepts
     new = questions.where("NEW", phrasing="trained")
     old = questions.where("DEC", "LAT", phrasing="trained")
-    asked = torch.cat((new.repeat(-(-len(old) // len(new))), old))
+    asked = torch.cat((new.repeat(max(1, round(len(old) / len(new)))), old))
     answer_of = questions.answer_of[asked]
     latents = torch.cat((concepts[answer_of], torch.zeros_like(concepts[:1])))
     answers = with_end(questions.answer_tokens, run.corpus.tokenizer)
@@ -807,7 +807,7 @@ def teach(run):
     said = [questions.rows[i].split != "LAT" for i in asked.tolist()]
     said = torch.tensor([*said, False], device=run.device)
     draw_questions = questions.drawing(asked, cfg.qa_batch_size, cfg.question_noise, cfg.made_up)
-    held_out = questions.only("heldout", "typed", "made_up")
+    held_out, every = questions.only(*data.QUICK), questions.fewer()
 
     def draw():
         """Numbers of questions and their tokens, and as many numbers of echoed answers."""
@@ -831,7 +831,7 @@ def teach(run):
 
     def measure(whole):
         """Figures of the thoughts and of what is said, as in phases 2 and 3."""
-        asked = questions if whole else held_out
+        asked = every if whole else held_out
         thoughts = evaluate.think_all(run, asked.tokens)
         figures = evaluate.recall(run, asked, concepts)
         return figures | evaluate.exact_match(run, asked, thoughts)

@@ -129,11 +129,10 @@ def test_a_teacher_as_its_own_student_has_nothing_to_learn_of_thoughts(toy):
                         pred_embd=large.pred_embd))
     vectors, model = run.teacher.vectors, run.model
     # W standardises: then the student's thoughts are its teacher's, on that scale
-    scale = 1 / model.answer_std
-    mean, std = model.answer_mean.clone(), model.answer_std.clone()
+    mean, scale = model.answer_mean.clone(), model.answer_scale.clone()
     taught = run.teacher.model.state_dict()
-    new = {"W.weight": torch.diag(scale), "W.bias": -mean * scale, "answer_mean": mean,
-           "answer_std": std}
+    new = {"W.weight": scale.T, "W.bias": -mean @ scale, "answer_mean": mean,
+           "answer_scale": scale}
     model.load_state_dict({name: (taught | new)[name] for name in model.state_dict()})
     assert vectors.size(1) == large.n_embd
     loss, stats = align.align(run)[0](0.0)

@@ -108,3 +108,21 @@ def test_rank_std_and_cosine_have_known_values():
     directions = torch.linalg.qr(torch.randn(64, 8))[0].T
     assert 7.5 < panel(torch.randn(64, 32, 8) @ directions)["rank"] < 8.1
     assert panel(cloud[:2, :4])["bound"] == 7           # N - 1 where there are few latents
+
+
+def test_answer_latents_are_standardised_half_way_to_white():
+    """By hand in the principal axes: each is divided by the root of its standard deviation, so
+    that ratios of deviations become their roots. The scale is kept for later latents."""
+    model = make()
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(32, 32)).Q
+    spread = torch.logspace(0, -1, 32)
+    latents = 3 + torch.randn(4000, 32) * spread @ axes.T
+    found = model.set_answers(latents)
+    assert found.mean(0).abs().max() < 1e-3
+    assert abs(found.square().mean() - 1) < 1e-3
+    deviation = (found @ axes).std(0)
+    expected = spread ** 0.5
+    ratio = deviation / expected
+    assert ratio.max() / ratio.min() < 1.2
+    torch.testing.assert_close(model.standardise(latents[:3]), found[:3])

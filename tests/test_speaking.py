@@ -88,7 +88,7 @@ def test_an_arm_trains_what_it_says_and_nothing_else(toy, encoder, phase, moves,
     figures = lab.speaker(cfg)
     changed = {name.split(".")[0] for name, value in trained[0].state_dict().items()
                if not torch.equal(value, before[name])}
-    assert changed - {"answer_mean", "answer_std"} == moves
+    assert changed - {"answer_mean", "answer_scale"} == moves
     assert ("grad_cos_thought_encoder" in figures) == (encoder == "joint")
     assert {"grad_cos", "grad_cos_random", "grad_halves_token", "early_em_DEC"} <= set(figures)
 

@@ -262,8 +262,8 @@ def test_another_run_can_teach(world, tmp_path):
     tokenizer = data.Tokenizer.from_state(theirs["tokenizer"])
     teacher = train.build(world.cfg, tokenizer, theirs["model"])
     answer = torch.tensor([tokenizer.encode(" " + saved["answers"][0])])
-    mean, std = saved["model"]["answer_mean"], saved["model"]["answer_std"]
-    expected = (teacher.concept(answer)[0] - mean) / std
+    mean, scale = saved["model"]["answer_mean"], saved["model"]["answer_scale"]
+    expected = (teacher.concept(answer)[0] - mean) @ scale
     torch.testing.assert_close(saved["concepts"][0], expected)
     assert saved["config"]["teacher_width"] == world.cfg.n_embd
     assert figures["r1_DEC"] > 0.9
