@@ -8,7 +8,10 @@ The log, the curves and the summary of a run; and several runs in one picture.
 What a figure means is defined in evaluate.py.
 """
 import csv
+import functools
+import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -138,6 +141,18 @@ def read_cell(path, number, name, cell):
         raise ValueError(f"{path} is damaged: line {number}, {name}: "
                          f"'{cell[:40]}' is not a number") from None
 
+@functools.cache
+def program_version():
+    """The commit of this program, with "-dirty" if its files have changed since; or "unknown"."""
+    root = Path(__file__).resolve().parent
+    # --git-dir: a copy without .git inside of another repository is not a commit of that one
+    command = ["git", f"--git-dir={root / '.git'}", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:                     # git is not installed
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
 # -- the curves of one run -------------------------------------------------------------------------
 class Line(NamedTuple):
     """One curve: a column of metrics.csv, in one phase (its name) or in all (None)."""
@@ -150,7 +165,6 @@ class Panel(NamedTuple):
     title: str
     unit: str
     lines: tuple                # of Line
-    begins: int                 # the first phase that measures one of them
     y_range: tuple | None = None
     scale: str = "linear"
 
@@ -160,40 +174,43 @@ PANELS = (
         Line("phase 1: mlm", "mlm", "pretrain"),
         Line("phase 1: sigreg", "sigreg", "pretrain"),
         Line("phase 1: vicreg", "vicreg", "pretrain"),
-    ), begins=1, scale="log"),
-    # a random start is far below 0: shown whole, it would flatten what differs above
+    ), scale="log"),
+    # a random start is far below 0: shown whole, it would flatten what differs above, so it is
+    # drawn at the lower edge
     Panel("R2: 0 = no better than the mean", "R2 (cut off below -0.2)", (
         Line("phase 1: held-out text", "val_r2", "pretrain"),
-    ), begins=1, y_range=(-0.2, 1)),
+    ), y_range=(-0.2, 1)),
     Panel("spread: std x rank / bound", "share of the bound", (
         Line("spread", "spread"),
-    ), begins=1, y_range=(0, 1)),
+    ), y_range=(0, 1)),
     Panel("std across sequences", "std", (
         Line("std", "std"),
-    ), begins=1, y_range=(0, 1.2)),
+    ), y_range=(0, 1.2)),
     Panel("losses of phases 2 and 3", "loss (log scale)", (
         Line("phase 2: latent", "latent", "distill"),
         Line("phase 3: latent", "latent", "speak"),
         Line("phase 3: token", "token", "speak"),
-    ), begins=2, scale="log"),
+        Line("teach: latent", "latent", "teach"),
+        Line("teach: token", "token", "teach"),
+    ), scale="log"),
     Panel("hit1 of spans, R@1 of thoughts", "share of spans, of questions", (
         Line("hit1", "hit1"),
         Line("hit1 by chance", "chance"),
-        Line("R@1 DEC", "r1_DEC"),
+        Line("R@1 DEC, training questions", "r1_DEC"),
         Line("R@1 DEC, held-out phrasing", "r1_DEC_heldout"),
         Line("R@1 LAT, held-out phrasing", "r1_LAT_heldout"),
-    ), begins=1, y_range=(0, 1)),
+    ), y_range=(0, 1)),
     Panel("exact match of speech", "share of questions", (
-        Line("EM DEC", "em_DEC"),
+        Line("EM DEC, training questions", "em_DEC"),
         Line("EM DEC, held-out phrasing", "em_DEC_heldout"),
-        Line("EM LAT", "em_LAT"),
+        Line("EM LAT, training questions", "em_LAT"),
         Line("EM LAT, held-out phrasing", "em_LAT_heldout"),
         Line("EM TXT, held-out phrasing", "em_TXT_heldout"),
-    ), begins=3, y_range=(0, 1)),
+    ), y_range=(0, 1)),
     Panel("effective rank of the latents", "dimensions", (
         Line("rank", "rank"),
         Line("bound", "bound"),
-    ), begins=1, y_range=(0, None)),
+    ), y_range=(0, None)),
 )
 
 def value_of(row, column):
@@ -220,16 +237,20 @@ def plot(axis, steps, values, **style):
     marker = "." if len(steps) < 20 else ""
     axis.plot(steps, values, **{"marker": marker, "linewidth": 1, **style})
 
-def new_figure(title):
-    """A figure of 2 x 4 panels -> (figure, 8 axes)."""
+def new_figure(title, n_panels):
+    """A figure of n panels in two rows -> (figure, n axes)."""
     # Here and not above: --help should not wait for it. Figure instead of pyplot, which would
     # replace the backend of a notebook.
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(17, 7))
+    columns = max(1, (n_panels + 1) // 2)
+    figure = Figure(figsize=(4.25 * columns, 7))
     # set by hand: a layout engine would draw everything twice
-    figure.subplots_adjust(0.05, 0.08, 0.99, 0.87, wspace=0.26, hspace=0.38)
+    figure.subplots_adjust(0.2 / columns, 0.08, 0.99, 0.87, wspace=0.26, hspace=0.38)
     figure.suptitle(title, fontsize=12)
-    return figure, list(figure.subplots(2, 4).flat)
+    axes = list(figure.subplots(2, columns, squeeze=False).flat)
+    for axis in axes[n_panels:]:
+        axis.remove()
+    return figure, axes[:n_panels]
 
 def finish(axis, title, x_label, y_label):
     """Texts around a panel."""
@@ -237,11 +258,6 @@ def finish(axis, title, x_label, y_label):
     axis.set_xlabel(x_label, fontsize=8)
     axis.set_ylabel(y_label, fontsize=8)
     axis.tick_params(which="both", labelsize=8)
-
-def say_when(axis, phase):
-    """In a panel that has no data: the number of the phase that will bring them."""
-    axis.text(0.5, 0.5, f"appears in phase {phase}", transform=axis.transAxes,
-              ha="center", color="0.4")
 
 def draw_thresholds(axis):
     """The two values of spread at which `tjepa.health_word` changes its word."""
@@ -257,7 +273,10 @@ def save_figure(figure, path):
     part.replace(path)
 
 def draw_curves(rows, phases, path, title=""):
-    """curves.png from the rows of metrics.csv: eight panels, the phases one after the other."""
+    """curves.png from the rows of metrics.csv: the phases one after the other.
+
+    A panel of which nothing has been measured yet is left out.
+    """
     begin = {}
     total = 0
     for phase in phases:
@@ -268,18 +287,20 @@ def draw_curves(rows, phases, path, title=""):
     reached = [phase for phase in phases if any(row["phase"] == phase for row in rows)]
     x_label = f"optimizer step ({', then '.join(reached)})"
 
-    figure, axes = new_figure(title)
-    for panel, axis in zip(PANELS, axes):
+    panels = []
+    for panel in PANELS:
+        if any(points(rows, line, begin)[0] for line in panel.lines):
+            panels.append(panel)
+    figure, axes = new_figure(title, len(panels))
+    for panel, axis in zip(panels, axes):
         if panel.scale == "log":
             axis.set_yscale("log")
+        lowest = panel.y_range[0] if panel.y_range else -math.inf
         for line in panel.lines:
             steps, values = points(rows, line, begin)
             if steps:
-                plot(axis, steps, values, label=line.label)
-        if axis.lines:
-            axis.legend(fontsize=7)
-        else:
-            say_when(axis, panel.begins)
+                plot(axis, steps, [max(value, lowest) for value in values], label=line.label)
+        axis.legend(fontsize=7)
 
         for phase in reached[1:]:
             axis.axvline(begin[phase], color="0.8", zorder=0)
@@ -300,8 +321,11 @@ def summary(figures):
         lines.append(pretrain_line(figures))
     for name, title in (("r1", "distill: R@1 of the thought"), ("em", "speak: exact match")):
         cells = split_cells(figures, name)
+        asked = "trained / held-out phrasing"
+        if f"{name}_DEC_heldout" not in figures:
+            asked = "on the training questions"
         if cells:
-            lines.append(f"{title}, trained / held-out phrasing: {', '.join(cells)}")
+            lines.append(f"{title}, {asked}: {', '.join(cells)}")
     if "em_shuffled" in figures:
         lines.append(f"  with the memory shuffled: {figures['em_shuffled']:.3f}")
     if "auroc" in figures:
@@ -322,6 +346,30 @@ def pretrain_line(figures):
                  f"({figures['cloze_capital_all_chance']:.3f})")
     return line
 
+SUSPECTS = (                    # the settings that let latents collapse, the likeliest first
+    ("stop_gradient", lambda value: not value, "if on, the targets get no gradient"),
+    ("ema_half_life", lambda value: value == 0, "100 by default: the target moves slowly"),
+    ("sigreg", lambda value: value == 0, "1 by default: it spreads the latents"),
+    ("target_norm", lambda value: not value, "if on, shrinking the targets gains nothing"),
+)
+
+def alarm(figures, cfg):
+    """What to print, on a line of its own, if an evaluation found the latents collapsed; or None.
+
+    It names the figure that says so and the flag that is likely at fault.
+    """
+    if figures.get("health") != "collapsed":
+        return None
+    reason = f"--pretrain_lr={cfg.pretrain_lr} (lower it)"
+    for name, suspicious, remedy in SUSPECTS:
+        if suspicious(getattr(cfg, name)):
+            reason = f"--{name}={getattr(cfg, name)} ({remedy})"
+            break
+    return (f"COLLAPSED: spread {value_of(figures, 'spread'):.3f} is below {tjepa.COLLAPSED} "
+            f"(std {figures['std']:.3f} x rank {figures['rank']:.0f} / bound {figures['bound']}): "
+            "different texts have nearly equal latents, and a low loss means nothing. "
+            f"Likely at fault: {reason}")
+
 def split_cells(figures, name):
     """'DEC 0.996 / 0.936' for each split: trained / held-out phrasing."""
     cells = []
@@ -340,10 +388,13 @@ def transcript(run, questions, table, threshold):
     """
     notes = {
         "DEC": "taught in latent space and as tokens",
-        "LAT": "taught in latent space, never shown to the decoder as tokens",
+        # its answer alone is: the decoder practises the words of all answers (echo)
+        "LAT": "taught in latent space, its question with the answer never shown to the decoder",
         "NEVER": "its subject is invented, nothing knows it",
     }
     questions = questions.only("heldout")
+    if questions.rows[0].phrasing == "trained":         # there is no other phrasing
+        notes["DEC"] = "a training question"
     lines = []
     for split, note in notes.items():
         rows = questions.where(split)[:1]
@@ -387,11 +438,12 @@ COMPARISONS = (
 )
 SHOWN = ("val_r2", "spread", "r1_DEC_heldout", "r1_LAT_heldout", "em_DEC_heldout", "em_LAT_heldout")
 
-def first_measured(columns, runs):
-    """The first of some columns that any of the runs has, or None."""
+def first_measured(columns, runs, phase=None):
+    """The first of some columns that any of the runs has, in a phase or in any; or None."""
     for column in columns:
         for rows in runs.values():
-            if any(value_of(row, column) is not None for row in rows):
+            if any(points([row], Line("", column, phase), dict.fromkeys(PHASES, 0))[0]
+                   for row in rows):
                 return column
     return None
 
@@ -401,12 +453,13 @@ def draw_comparison(runs, path):
     The first five runs are coloured, the rest is grey. Each panel counts the steps of its own
     phase, because runs may differ in the length of the phases before it.
     """
-    figure, axes = new_figure("")
     at_zero = dict.fromkeys(PHASES, 0)
-    for panel, axis in zip(COMPARISONS, axes):
+    panels = [panel for panel in COMPARISONS if first_measured(panel.columns, runs, panel.phase)]
+    figure, axes = new_figure("", len(panels))
+    for panel, axis in zip(panels, axes):
         if panel.scale == "log":
             axis.set_yscale("log")
-        column = first_measured(panel.columns, runs)
+        column = first_measured(panel.columns, runs, panel.phase)
         for number, (name, rows) in enumerate(runs.items()):
             steps, values = points(rows, Line(name, column, panel.phase), at_zero)
             if steps and number < HIGHLIGHTED:
@@ -415,14 +468,15 @@ def draw_comparison(runs, path):
                 plot(axis, steps, values, color="0.8", zorder=1)
 
         phase = 1 + PHASES.index(panel.phase)
-        if not axis.lines:
-            say_when(axis, phase)
         if panel.y_range:
             axis.set_ylim(panel.y_range)
         if column == "spread":
             draw_thresholds(axis)
-        heldout = ", held-out phrasing" if column and column.endswith("_heldout") else ""
-        finish(axis, panel.title + heldout, f"optimizer step of phase {phase}", panel.unit)
+        questions = ", training questions"
+        if column.endswith("_heldout"):
+            questions = ", held-out phrasing"
+        title = panel.title + (questions if panel.phase != "pretrain" else "")
+        finish(axis, title, f"optimizer step of phase {phase}", panel.unit)
     draw_names(figure, list(runs))
     save_figure(figure, path)
 

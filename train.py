@@ -261,8 +261,10 @@ def save_checkpoint(out, checkpoint, keep_previous=False):
     write_config(out, checkpoint["config"])
 
 def write_config(out, config):
-    """Write out/config.json, which says what ckpt.pt holds."""
-    write_safely(Path(out) / "config.json", json.dumps(config, indent=1).encode())
+    """Write out/config.json: the config of ckpt.pt, and which program wrote it, where and when."""
+    made = dict(commit=report.program_version(), torch=torch.__version__,
+                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    write_safely(Path(out) / "config.json", json.dumps(config | made, indent=1).encode())
 
 def seal(content):
     """Bytes of a checkpoint, followed by their SHA-256."""
@@ -552,14 +554,21 @@ class Interrupts:
 
 INTERRUPTS = Interrupts()
 
-IN_BAR = ("loss", "val_r2", "rank", "health", "r1_LAT_heldout", "em_LAT_heldout")
+# what the progress bar shows: of each line the first figure that was measured
+IN_BAR = (
+    ("loss",), ("val_r2",), ("rank",), ("health",),
+    ("r1_LAT_heldout", "r1_DEC_heldout", "r1_DEC_typed", "r1_DEC"),
+    ("em_LAT_heldout", "em_DEC_heldout", "em_DEC_typed", "em_DEC"),
+)
 
-def show(bar, rows):
-    """The newest figures of a phase, by its rows of the log, in the progress bar."""
-    row = report.newest(rows)
-    shown = {name: row[name] for name in IN_BAR if name in row}
-    bar.set_postfix({name: f"{value:.3g}" if isinstance(value, float) else value
-                     for name, value in shown.items()})
+def show(bar, rows, phase, **figures):
+    """Show the newest figures of a phase in the progress bar: of the log's rows, and others."""
+    row = report.newest([row for row in rows if row["phase"] == phase]) | figures
+    shown = {}
+    for names in IN_BAR:
+        for name in [name for name in names if name in row][:1]:
+            shown[name] = f"{row[name]:.3g}" if isinstance(row[name], float) else row[name]
+    bar.set_postfix(shown)
 
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, evaluated=False):
     """The one training loop: every phase and every control trains here.
@@ -585,18 +594,22 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         INTERRUPTS.deferred = False
         figures = measure(step == steps)
         INTERRUPTS.deferred = True
+        before = log.last().get("health")
         log.rows[-1].update(figures)
         save(step, optimizer, evaluated=True)
         if figures:                     # a control that is measured elsewhere has nothing to draw
-            curves = Path(cfg.out) / "curves.png"
-            report.draw_curves(log.rows, EVERY, curves, title=f"{cfg.out}, recipe {cfg.recipe}")
+            title = f"{cfg.out}, recipe {cfg.recipe}, commit {report.program_version()}"
+            report.draw_curves(log.rows, EVERY, Path(cfg.out) / "curves.png", title)
+        said = report.alarm(figures, cfg)
+        if said and step > 0 and before != "collapsed":
+            tqdm.write(f"step {step} of {phase}: {said}")
 
     if not evaluated:                   # where the phase starts stands beside what it reaches
         if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
             log.add(dict(phase=phase, step=start, tokens=start * batch))
         evaluate_and_save(start)
         log.flush()
-        show(bar, [row for row in log.rows if row["phase"] == phase])
+    show(bar, log.rows, phase)
 
     INTERRUPTS.deferred = True
     clock, timed = time.perf_counter(), start
@@ -631,6 +644,8 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         # log every 20 steps, evaluate and save every --eval_every
         bar.update()
         done = step + 1
+        if step == start:
+            show(bar, log.rows, phase, loss=loss.item())
         evaluates = done == steps or done % cfg.eval_every == 0
         interrupted = INTERRUPTS.pending
         if evaluates or interrupted or done % 20 == 0:  # not each step: this waits for a GPU
@@ -652,7 +667,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
             if evaluates:
                 evaluate_and_save(done)
             log.flush()
-            show(bar, [row for row in log.rows if row["phase"] == phase])
+            show(bar, log.rows, phase)
             clock, timed = time.perf_counter(), done
     INTERRUPTS.deferred = False
     bar.close()
@@ -1157,7 +1172,12 @@ def train_phases(opened):
         fit(run, phase, loss_at, measure, log, save, **resumed)
 
     figures = log.last()
-    print("\n".join(report.summary(figures)))
+    # phase 2 changes the encoder: what phase 1 measured is not repeated by a later command
+    told = [row for row in log.rows if "pretrain" in left or row["phase"] != "pretrain"]
+    lines = report.summary(report.newest(told))
+    if said := report.alarm(report.newest(told), cfg):
+        lines.append(said)
+    print("\n".join(lines))
     if phases[-1] == "speak":
         lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])
         print("\n".join(lines))

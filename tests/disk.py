@@ -91,7 +91,8 @@ def attempt(folder, disk, old, expected, name, number, left):
     assert again.code == 0, again.err[-300:]
     found = train.load_checkpoint(out)
     assert all(torch.equal(value, expected[key]) for key, value in found["model"].items())
-    assert json.loads((out / "config.json").read_text()) == found["config"]
+    written = json.loads((out / "config.json").read_text())
+    assert not found["config"].items() - written.items(), "config.json is not that of ckpt.pt"
     assert len(report.read_metrics(out)) == len(found["rows"]), "metrics.csv lacks rows"
     assert old_is_whole(out, old), "the old checkpoint is lost"
     return f"exit code {ended.code}, {'--resume' if saved else 'the same command'} went on: {said}"

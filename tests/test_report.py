@@ -11,6 +11,7 @@ import pytest
 
 import flags
 import report
+import train
 
 ROWS = [
     dict(phase="pretrain", step=0, std=0.9, rank=40.0, bound=64, health="healthy", val_r2=-0.1),
@@ -110,6 +111,7 @@ def panels(draw, monkeypatch):
         monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
         draw(rows, report.PHASES, "curves.png", title="out/run")
         assert figures[0].get_suptitle() == "out/run"
+        assert [axis for axis in figures[0].axes if not axis.lines] == []
         return {axis.get_title(): axis for axis in figures[0].axes}
     return panels_of
 
@@ -119,11 +121,23 @@ def test_all_panels_share_one_range_of_steps(panels):
     assert len(ranges) == 1 and max(ranges)[1] >= 40
 
 
-def test_a_panel_without_data_says_when_it_appears(panels):
+def test_a_panel_of_which_nothing_was_measured_is_left_out(panels):
     axes = panels(ROWS)
-    words = {title: [text.get_text() for text in axis.texts] for title, axis in axes.items()}
-    assert words["exact match of speech"] == ["appears in phase 3"]
-    assert words["std across sequences"] == []
+    assert "exact match of speech" not in axes and "std across sequences" in axes
+    # far below the panel, it is drawn at its lower edge
+    axis = panels([dict(ROWS[0], val_r2=-7.0)])["R2: 0 = no better than the mean"]
+    assert list(axis.lines[0].get_ydata()) == [-0.2]
+    assert list(panels(ROWS[:1])) == [
+        "R2: 0 = no better than the mean", "spread: std x rank / bound", "std across sequences",
+        "effective rank of the latents"]
+    assert panels([]) == {}
+
+
+def test_std_and_hit1_have_fixed_axes(panels):
+    rows = [dict(ROWS[0], hit1=0.1, chance=0.01)]
+    axes = panels(rows)
+    assert axes["std across sequences"].get_ylim() == (0, 1.2)
+    assert axes["hit1 of spans, R@1 of thoughts"].get_ylim() == (0, 1)
 
 
 def test_the_spread_stands_beside_its_two_thresholds(panels):
@@ -154,6 +168,48 @@ def test_runs_are_compared_in_one_picture_and_one_table(tmp_path, capsys):
     assert lines[0].split()[:5] == ["run", "phase", "step", "val_r2", "spread"]
     assert [line.split()[:5] for line in lines[1:3]] == [
         [name, "pretrain", "40", "0.100", "0.400"] for name in ("a", "b")]
+
+
+def test_a_figure_on_training_questions_is_called_that(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    rows = [dict(phase="distill", step=9, r1_DEC=0.7, r1_LAT=0.4, r1_LAT_heldout=0.2)]
+    report.draw_comparison({"a": rows}, "curves.png")
+    assert [axis.get_title() for axis in figures[0].axes] == [
+        "R@1, facts of DEC, training questions", "R@1, facts of LAT, held-out phrasing"]
+    assert report.summary(dict(r1_DEC=0.7)) == [
+        "distill: R@1 of the thought, on the training questions: DEC 0.700"]
+    said, = report.summary(dict(r1_DEC=0.7, r1_DEC_heldout=0.6))
+    assert said.endswith("trained / held-out phrasing: DEC 0.700 / 0.600")
+
+
+COLLAPSED = dict(health="collapsed", std=0.02, rank=91.0, bound=128)
+
+
+@pytest.mark.parametrize("changes, flag", [
+    (dict(stop_gradient=False, ema_half_life=0, sigreg=0.0), "--stop_gradient=False"),
+    (dict(ema_half_life=0, sigreg=0.0), "--ema_half_life=0"), (dict(sigreg=0.0), "--sigreg=0.0"),
+    (dict(target_norm=False), "--target_norm=False"), ({}, "--pretrain_lr=0.001 (lower it)")])
+def test_a_collapse_is_told_with_its_figure_and_the_flag_at_fault(changes, flag):
+    said = report.alarm(COLLAPSED, train.Config(**changes))
+    assert said.startswith("COLLAPSED: spread 0.014 is below 0.12 ")
+    assert "(std 0.020 x rank 91 / bound 128)" in said
+    assert f"Likely at fault: {flag}" in said and "\n" not in said
+    assert report.alarm(COLLAPSED | dict(health="healthy"), train.Config(**changes)) is None
+
+
+def test_a_copy_inside_of_another_repository_is_no_commit_of_that_one(tmp_path, monkeypatch):
+    for made in (["git", "init", "-q"], ["git", "-c", "user.name=a", "-c", "user.email=b", "commit",
+                                         "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(made, cwd=tmp_path, check=True)
+    (tmp_path / "copy").mkdir()
+    uncached = report.program_version.__wrapped__
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "copy" / "report.py"))
+    assert uncached() == "unknown"
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert len(uncached()) >= 7 and uncached() != "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert uncached() == "unknown"
 
 
 def test_of_many_runs_five_have_a_colour(tmp_path, monkeypatch):

@@ -35,7 +35,11 @@ def test_a_run_writes_its_four_files_and_learns(world, draw):
     assert figures["r1_DEC"] > 0.9 and figures["em_DEC"] > 0.9
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert [row["phase"] for row in rows if row["step"] == "0"] == list(train.PHASES)
-    assert json.load(open(out / "config.json"))["n_embd"] == FLAGS["n_embd"]
+    written = json.load(open(out / "config.json"))
+    assert written["n_embd"] == FLAGS["n_embd"] and written["torch"] == torch.__version__
+    assert written["threads"] == torch.get_num_threads() and len(written["commit"]) >= 7
+    assert time.strptime(written["date"], "%Y-%m-%dT%H:%M:%S%z")
+    assert not {"torch", "threads", "commit", "date"} & train.load_checkpoint(out)["config"].keys()
 
 
 def test_speech_needs_the_thought(world):
@@ -137,6 +141,52 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in error
     assert train.load_checkpoint(out)["step"] > 0
+
+
+# -- what a run says ---------------------------------------------------------------------------
+@pytest.fixture
+def shown(monkeypatch):
+    """What the progress bars show, as (phase, dict) in the order of time."""
+    shown = []
+    monkeypatch.setattr(train.tqdm, "set_postfix", lambda bar, row: shown.append((bar.desc, row)))
+    return shown
+
+
+def test_the_bar_shows_the_loss_from_the_first_step_on(world, tmp_path, shown):
+    """And after a resume the figures that were measured before it."""
+    train.run(config(world.folder, tmp_path / "run", phase="pretrain", pretrain_steps=5))
+    assert ["loss" in row for _, row in shown] == [False, True, True]
+    shown.clear()
+    train.run(train.resolve(dict(resume=True, out=str(tmp_path / "run"), pretrain_steps=7)))
+    assert all({"loss", "rank", "health"} <= row.keys() for _, row in shown) and len(shown) == 3
+
+
+def test_the_bar_shows_figures_of_questions_of_ones_own(world, tmp_path, shown):
+    """They have no LAT facts and one phrasing."""
+    train.run(config(world.folder, tmp_path / "run", **ONE_STEP))
+    assert "r1_DEC" in dict(shown)["distill"] and "em_DEC" in dict(shown)["speak"]
+
+
+def test_a_later_command_does_not_repeat_the_line_of_phase_1(world, tmp_path, capsys):
+    """Phase 2 changes the encoder: the line would be stale. One command tells all that it did."""
+    cfg = config(world.folder, tmp_path / "run", **ONE_STEP)
+    train.run(dataclasses.replace(cfg, phase="pretrain"))
+    assert "\npretrain: R2" in capsys.readouterr().out
+    train.run(dataclasses.replace(cfg, phase="distill"))
+    said = capsys.readouterr().out
+    assert "pretrain: R2" not in said and "\ndistill: R@1" in said
+    train.run(config(world.folder, tmp_path / "all", **ONE_STEP))
+    assert "\npretrain: R2" in capsys.readouterr().out
+
+
+def test_a_collapsed_run_is_told_when_it_happens_and_at_the_end(world, tmp_path, capsys):
+    """On a line of its own, once in the middle, and not again at each evaluation."""
+    given = FLAGS | dict(recipe="collapse", data=world.cfg.data, out=str(tmp_path / "run"),
+                         phase="pretrain", pretrain_steps=80, eval_every=20, pretrain_lr=3e-3)
+    train.run(train.resolve(given))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "COLLAPSED" in line]
+    assert len(lines) == 2 and lines[0].startswith("step ") and lines[1].startswith("COLLAPSED: ")
+    assert all("--stop_gradient=False" in line for line in lines)
 
 
 # -- the learning rate and the clock ---------------------------------------------------------------
