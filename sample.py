@@ -5,24 +5,31 @@ Think, then speak: ask a run that train.py has made. Nothing is learned here.
     python sample.py                                                a conversation
     python sample.py --inspect="The capital of France is [Paris]."  which concepts fit the gap best
     python sample.py --inspect="What is the capital of France?"     concepts nearest to the thought
+    python sample.py --embed=sentences.txt                          their vectors: sentences.npy
+    python sample.py --list                                         what may be asked
 
 A gap can be inspected after phase 1, a thought after phase 2; speech needs all three phases.
 """
 import codecs
 import dataclasses
+import io
 import itertools
 import math
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+import data
 import evaluate
 import tjepa
 from data import Tokenizer, plain, printable
 from flags import plain_output, read_flags
-from train import EVERY, Config, Run, build, load_checkpoint, pick_device
+from train import (EVERY, Config, Run, build, content_of, load_checkpoint, pick_device,
+                   write_safely)
 
 @dataclasses.dataclass
 class Flags:
@@ -30,6 +37,9 @@ class Flags:
     out: str = "out/tjepa"      # folder of the run
     prompt: str = ""            # one question; without it and --inspect: a conversation
     inspect: str = ""           # a text with one [span] to hide, or a question: shows latents
+    embed: str = ""             # a .txt with a sentence a line: writes a vector for each of them
+    save: str = ""              # where --embed writes; without it, beside the text, as .npy
+    list: bool = False          # print what may be asked, by relation and split
     temperature: float = 0.0    # 0: the likeliest token each time; 1: as learned; above: bolder
     top_k: int = 0              # sample from so many of the likeliest tokens; 0 = all
     top_p: float = 1.0          # sample from the likeliest tokens that hold this probability
@@ -46,6 +56,9 @@ class Flags:
             ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
         ))
+
+# the actions of which one can be asked for
+ACTIONS = ("prompt", "inspect", "embed", "list")
 
 class Session(NamedTuple):
     """A run that has been opened to be asked."""
@@ -171,14 +184,101 @@ def inspect_gap(session, text):
     rank = 1 + (energy < own).sum().item()
     print(f"'{printable(truth, None)}' has energy {own:.4f}: rank {rank} of {len(values)}")
 
+def read_sentences(session, path):
+    """The lines of a text that are not blank, as tokens (n, T), as in running text."""
+    where = f"--embed={printable(path, None)}"
+    raw = data.read_bytes("--embed", path, data.TEXT_LIMIT, "a .txt with a sentence a line")
+    text = data.decode("--embed", path, raw)
+    sentences = []
+    for number, line in enumerate(data.clean(text).split("\n"), start=1):
+        n = len(session.tokenizer.encode(" " + line.strip()))
+        if n > session.run.cfg.block_size:
+            raise ValueError(f"{where}, line {number}: {n} tokens, and the run reads "
+                             f"{session.run.cfg.block_size} at most: split the line")
+        if line.strip():
+            sentences.append(" " + line.strip())
+    if not sentences:
+        raise ValueError(f"{where} is empty: write a sentence a line")
+    return data.pack(session.tokenizer, sentences, session.run.cfg.block_size, "--block_size")
+
+def place_for_vectors(flags):
+    """The path that --embed writes to. ValueError where something would be lost."""
+    path = Path(flags.save) if flags.save else Path(flags.embed).with_suffix(".npy")
+    if path.suffix != ".npy":
+        raise ValueError(f"--save={path} must end in .npy")
+    if not path.parent.is_dir():
+        raise ValueError(f"--save={path}: there is no folder {path.parent}; create it first")
+    if path.exists() and not flags.save:
+        raise ValueError(f"--embed={flags.embed} would replace {path}: name a file by "
+                         "--save=FILE.npy, which may be replaced")
+    return path
+
+@torch.no_grad()
+def embed(session):
+    """Write the concept vector of each sentence of a file, and say what the vectors are."""
+    flags, run = session.flags, session.run
+    tokens = read_sentences(session, flags.embed)                           # (n, T)
+    path = place_for_vectors(flags)
+    vectors = torch.cat([run.model.concept(rows.to(run.device)) for rows in tokens.split(256)])
+    buffer = io.BytesIO()
+    np.save(buffer, vectors.float().cpu().numpy())
+    write_safely(path, buffer.getvalue())
+    print(f"{path}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), one for each line "
+          "that is not blank\n"
+          "encoder: the target encoder, which reads the whole sentence\n"
+          f"pooling: mean over the tokens of the mean of the last top_k={run.cfg.top_k} of "
+          f"{run.cfg.n_layer} layers, each layer-normed")
+
+def list_questions(session):
+    """Print what may be asked: for each relation an example, and the subjects of each split."""
+    out, checkpoint = session.flags.out, session.checkpoint
+    try:
+        rows = data.read_questions(session.run.cfg, session.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--list reads the questions of the run anew: {error}") from None
+    if not rows:
+        raise ValueError(f"the run in --out={out} has no questions: teach it some, by "
+                         f"`python train.py --phase=distill --qa=FILE --out={out}`")
+    if checkpoint["questions"] not in (None, content_of(rows)):
+        raise ValueError(f"the questions of the run in --out={out} have changed since it was "
+                         f"taught: --qa={session.run.cfg.qa}")
+    relations = {}
+    for row in rows:
+        if row.phrasing == "trained":
+            splits = relations.setdefault(row.relation, {})
+            # the questions of a file of one's own have no templates: each is shown whole
+            name = row.question if row.relation == "qa" else row.subject
+            splits.setdefault(row.split, {}).setdefault(name, row.question)
+    for relation, splits in relations.items():
+        if relation == "qa":
+            print("questions of your own, taught as DEC:")
+            print("\n".join(printable(f"  {name}", None) for name in splits["DEC"]))
+            continue
+        example = next(iter(next(iter(splits.values())).values()))
+        print(f"{relation}, as in: {printable(example, None)}")
+        for split, names in sorted(splits.items()):
+            shown = printable(", ".join(names), None)
+            print(f"  {split:5} {len(names):4}  {shown}")
+    if checkpoint["added"]:
+        print("added by --phase=teach:")
+        print("\n".join(printable(f"  {question}", None)
+                        for question, _, _ in checkpoint["added"]))
+
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C is exit code 130."""
     plain_output()
     try:
         given = read_flags(Flags, argv, "sample.py", positional="prompt")
-        if "prompt" in given and "inspect" in given:
-            raise ValueError("--prompt and --inspect are two ways to ask: give one of them")
+        asked = [name for name in ACTIONS if given.get(name, False) is not False]
+        if len(asked) > 1:
+            raise ValueError(f"--{asked[0]} and --{asked[1]} are two ways to ask: give one of them")
+        if "save" in given and "embed" not in given:
+            raise ValueError("--save says where --embed writes: give --embed=FILE too")
         session = open_session(Flags(**given))
+        if "embed" in given:
+            return embed(session)
+        if given.get("list"):
+            return list_questions(session)
         if re.search(r"[][]", given.get("inspect", "")):
             return inspect_gap(session, given["inspect"])
         require(session, "distill")

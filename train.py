@@ -50,18 +50,21 @@ class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
     GROUPS: ClassVar[dict] = {          # sections of --help; what is not named comes last
         "first of all": ("phase", "out", "data", "qa", "preset", "recipe", "resume", "seed"),
+        "more of the same": ("init_from", "qa_val", "added"),
         "how long": ("pretrain_steps", "distill_steps", "speak_steps", "eval_every"),
         "one change, one effect": ("stop_gradient", "ema_half_life", "sigreg", "mlm", "loss",
                                    "target", "top_k", "target_norm", "mask_ratio", "max_span"),
     }
     phase: str = "all"          # pretrain | distill | speak | all; teach adds --qa to a run
-    preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | laptop: all | gpu: wider
+    preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | minute | laptop: all | gpu
     recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt (phase 1 needs nothing else)
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
     qa: str = ""                # your own questions: a file of lines question, tab, answer
     added: str = ""             # the pairs that --phase=teach adds: its --qa
+    qa_val: str = ""            # a file like --qa: the same in other words, asked but never taught
+    init_from: str = ""         # phase 1 goes on from the run in this folder, in a new --out
     tokenizer: str = "bpe"      # bpe: trained on the corpus | gpt2: 50k tokens, downloaded once
     teacher: str = "self"       # gives answers their latents: self | ckpt:DIR | an .npz
     distill: str = "answers"    # phase 2: answers | align: imitate the run --teacher=ckpt:DIR
@@ -116,7 +119,8 @@ class Config(tjepa.Config):
             (f"{steps} seed", *tjepa.within(0, 10 ** 9)),
             ("eval_every rounds", *tjepa.within(1, 10 ** 9)),
             ("rounds", lambda v: self.distill_steps % v == 0, divisor),
-            ("pretrain_lr distill_lr speak_lr teach_lr", lambda v: 0 < v <= 1000, "above 0, at most 1000"),
+            ("pretrain_lr distill_lr speak_lr teach_lr", lambda v: 0 < v <= 1000,
+             "above 0, at most 1000"),
             ("clip", lambda v: 0 < v <= 1e9, "above 0, at most 1000000000"),
             ("weight_decay", *tjepa.within(0, 1000)),
             ("question_noise", *tjepa.within(0, 1)),
@@ -125,6 +129,10 @@ class Config(tjepa.Config):
 
 PRESETS = dict(
     tiny={},
+    # a smoke run; `report.MINUTE` says what to expect of it
+    minute=dict(n_layer=2, top_k=2, n_head=2, n_embd=64, pred_layer=1, pred_embd=64, dec_layer=2,
+                batch_size=32, pretrain_steps=200, distill_steps=250, speak_steps=200,
+                pretrain_lr=3e-3, distill_lr=2e-3, speak_lr=3e-3),
     laptop=dict(facts="all", vocab_size=4096, eval_every=800, pretrain_lr=2e-3, distill_lr=1e-3,
                 pretrain_steps=2000, distill_steps=4800, speak_steps=3200),
     gpu=dict(facts="all", vocab_size=4096, eval_every=500,
@@ -158,13 +166,25 @@ def resolve(given):
     asked = preset | recipe | given
     if given.get("phase") == "teach" and "qa" in asked:
         asked["added"] = asked.pop("qa")                # the run keeps its own --qa
-    paths = ("data", "qa", "added", "teacher")
+    paths = ("data", "qa", "qa_val", "added", "teacher", "init_from")
     asked |= {name: absolute(asked[name]) for name in paths if name in asked}
     base = {}
-    if given.get("resume") or given.get("phase") in ("distill", "speak", "teach"):
+    goes_on = given.get("resume") or given.get("phase") in ("distill", "speak", "teach")
+    if goes_on and given.get("init_from"):
+        raise ValueError("--init_from begins a run with phase 1: leave it out, or leave --resume "
+                         "and --phase out")
+    if goes_on:
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
-        same_run(out, base, asked)
+        same_run(f"--out={out}", base, asked)
+    elif given.get("init_from"):
+        saved = load_checkpoint(given["init_from"], "--init_from=")["config"]
+        text = dict(facts=asked.get("facts", saved["facts"]))       # it may be another one
+        base = saved | text | dict(phase="all", out=out, resume=False, added="", teacher_width=0)
+        same_run(f"--init_from={given['init_from']}", base, asked)
+    elif "n_layer" in asked:
+        # the default of top_k is the mean of four layers, or of all where there are fewer
+        asked.setdefault("top_k", min(Config.top_k, asked["n_layer"]))
     return Config(**base | asked)
 
 def absolute(path):
@@ -174,12 +194,15 @@ def absolute(path):
     kind = "ckpt:" if path.startswith("ckpt:") else ""
     return kind + os.path.abspath(path.removeprefix(kind))
 
-def same_run(out, saved, asked):
-    """ValueError if asked (a dict of fields) needs another model than the run in out has."""
+def same_run(where, saved, asked):
+    """ValueError if asked (a dict of fields) needs another model than the run in `where` has.
+
+    where: the flag that names its folder, as --out=DIR.
+    """
     for name in FIXED:
         if name in asked and asked[name] != saved[name]:
             raise ValueError(
-                f"--{name}={asked[name]}, but the run in --out={out} has {name}={saved[name]}: "
+                f"--{name}={asked[name]}, but the run in {where} has {name}={saved[name]}: "
                 "leave the flag as it was, or start another run with another --out")
 
 def pick_device(cfg):
@@ -927,7 +950,7 @@ def open_checkpoint(cfg, phases):
         check_phase_before(cfg, phases, checkpoint)
         return checkpoint
     if (out / "ckpt.pt").exists():      # never replace another run silently
-        same_run(out, load_checkpoint(out)["config"], dataclasses.asdict(cfg))
+        same_run(f"--out={out}", load_checkpoint(out)["config"], dataclasses.asdict(cfg))
         return {}
     for name in ("metrics.csv", "config.json"):
         if (out / name).exists():
@@ -954,7 +977,7 @@ def check_resume(cfg, phases, checkpoint):
             raise ValueError(
                 f"--{name}={getattr(cfg, name)}: phase {earlier} of the run in --out={cfg.out} "
                 f"has ended after {saved[name]} steps, and {phase} stands on it: leave the flag "
-                "out, or take another --out")
+                f"out, or take another --out (phase 1 goes on there by --init_from={cfg.out})")
     if getattr(cfg, f"{phase}_steps") < step:
         raise ValueError(f"--{phase}_steps={getattr(cfg, f'{phase}_steps')}: the run in "
                          f"--out={cfg.out} has taken {step} already")
@@ -972,6 +995,15 @@ def check_phase_before(cfg, phases, checkpoint):
         command = f"--phase={EVERY[before]}"
     raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds "
                      f"{phase} up to step {step} of {steps}: run {command} first")
+
+def open_source(cfg, phases):
+    """The checkpoint that --init_from names, {} if phase 1 does not begin with its weights."""
+    if not cfg.init_from or cfg.resume or phases[0] != "pretrain":
+        return {}
+    if os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out):
+        raise ValueError(f"--init_from={cfg.init_from} is --out itself: take another --out, or "
+                         "more steps there by --resume --pretrain_steps")
+    return load_checkpoint(cfg.init_from, "--init_from=")
 
 def open_corpus(cfg, checkpoint):
     """The corpus that cfg names; ValueError if a continued run has read another text."""
@@ -1022,8 +1054,8 @@ def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device):
             f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, "
             "answer), or stop after reading with --phase=pretrain")
     if phase_2_has_begun and checkpoint["questions"] != content_of(corpus.qa):
-        raise ValueError(f"--qa={cfg.qa}: these are not the questions and answers that phase 2 "
-                         "was taught: run --phase=distill first")
+        raise ValueError(f"--qa={cfg.qa}, --qa_val={cfg.qa_val}: these are not the questions and "
+                         "answers that phase 2 was taught: run --phase=distill first")
     rows = corpus.qa
     for number in sorted({number for _, _, number in added}):
         pairs = [(question, answer) for question, answer, at in added if at == number]
@@ -1053,8 +1085,12 @@ def open_teacher_of(cfg, questions, corpus, checkpoint, phase_2_has_begun, left)
     return vectors, teacher
 
 def open_model(cfg, corpus, checkpoint, phases, model):
-    """The model of the checkpoint, or a new one. A phase begun anew begins with fresh weights."""
-    fresh = dict(distill=["W.", "decoder.", "answer_"], speak=["decoder."]).get(phases[0], [])
+    """The model of the checkpoint, or a new one. A phase begun anew begins with fresh weights.
+
+    checkpoint: of the run that is continued, or the one that --init_from names.
+    """
+    untaught = ["W.", "decoder.", "answer_"]
+    fresh = dict(pretrain=untaught, distill=untaught, speak=["decoder."]).get(phases[0], [])
     if cfg.resume:
         fresh = []
     return build(cfg, corpus.tokenizer, checkpoint.get("model"), fresh, model)
@@ -1083,8 +1119,9 @@ def open_run(cfg, corpus, model):
     left = phases
     if cfg.resume:
         left = phases[phases.index(checkpoint["phase"]):]
+    source = open_source(cfg, phases)
     device, dtype = pick_device(cfg)
-    corpus = corpus or open_corpus(cfg, checkpoint)
+    corpus = corpus or open_corpus(cfg, checkpoint or source)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has "
                          "read: take another --out")
@@ -1104,7 +1141,7 @@ def open_run(cfg, corpus, model):
         if vectors is not None:
             width = vectors.size(1)
         cfg = dataclasses.replace(cfg, teacher_width=width)
-    net = open_model(cfg, corpus, checkpoint, phases, model).to(device)
+    net = open_model(cfg, corpus, checkpoint or source, phases, model).to(device)
     this = Run(cfg, net, corpus, device, dtype, questions, None, teacher)
     if phase_2_has_begun:
         this = this._replace(concepts=known_concepts(this, checkpoint))
@@ -1177,6 +1214,8 @@ def train_phases(opened):
     lines = report.summary(report.newest(told))
     if said := report.alarm(report.newest(told), cfg):
         lines.append(said)
+    if cfg.preset == "minute" and phases == PHASES:
+        lines.append(report.MINUTE)
     print("\n".join(lines))
     if phases[-1] == "speak":
         lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])

@@ -16,7 +16,8 @@ import torch
 
 from data.added import add_pairs  # noqa: F401
 from data.facts.prepare import prepare as prepare_facts
-from data.inputs import printable, read_pairs, read_text, read_vectors  # noqa: F401
+from data.inputs import (  # noqa: F401
+    TEXT_LIMIT, clean, decode, printable, read_bytes, read_pairs, read_text, read_vectors)
 from data.tokenizer import Tokenizer, train_bpe
 from data.typed import as_typed, made_up, nonsense, plain, subjects_of  # noqa: F401
 
@@ -143,22 +144,22 @@ def room(block_size, answer_size):
     return min((answer_size - 1, "--answer_size"), (block_size, "--block_size"))
 
 
-def read_fitting(path, tokenizer, block_size, answer_size):
-    """The pairs (question, answer) of a student's file, a list.
+def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
+    """The pairs (question, answer) of a student's file, a list. flag: the one that names the file.
 
     `inputs.read_pairs` says what the file may look like. ValueError names the line of a pair
     that has too many tokens.
     """
     pairs = []
-    for line, question, answer in read_pairs(path):
+    for line, question, answer in read_pairs(path, flag):
         checks = [(" " + plain(question), block_size, "--block_size"),
                   (" " + answer, *room(block_size, answer_size))]
-        for text, limit, flag in checks:
+        for text, limit, remedy in checks:
             n = len(tokenizer.encode(text))
             if n > limit:
                 raise ValueError(
-                    f"--qa={printable(path, None)}, line {line}: '{printable(text.strip())}' has "
-                    f"{n} tokens, {limit} fit; shorten it or raise {flag}")
+                    f"{flag}={printable(path, None)}, line {line}: '{printable(text.strip())}' has "
+                    f"{n} tokens, {limit} fit; shorten it or raise {remedy}")
         pairs.append((question, answer))
     return pairs
 
@@ -183,17 +184,48 @@ def read_qa(path, tokenizer, block_size, answer_size):
     return rows
 
 
+def read_reworded(path, taught, tokenizer, block_size, answer_size):
+    """Questions of --qa in other words, which are asked and never taught, as a list of QA.
+
+    taught: the rows of --qa. ValueError, besides those of `read_fitting`, where a question is
+    taught as well, or where an answer is not among those that are taught.
+    """
+    answers = {row.answer for row in taught}
+    questions = {plain(row.question).casefold() for row in taught if row.phrasing == "trained"}
+    rows = []
+    for question, answer in read_fitting(path, tokenizer, block_size, answer_size, "--qa_val"):
+        where = f"--qa_val={printable(path, None)}: '{printable(question)}'"
+        if plain(question).casefold() in questions:
+            raise ValueError(f"{where} is in --qa too: put it in other words, or leave it out")
+        if answer not in answers:
+            raise ValueError(f"{where} has the answer '{printable(answer)}', which no question of "
+                             "--qa has: it could not be known")
+        rows.append(QA("DEC", "heldout", "qa", question, question, answer))
+    return rows
+
+
 def read_rows(path, kind):
     """Lines of a prepared .tsv as tuples of a kind."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [kind(*line.split("\t")) for line in lines]
 
 
-def load_facts(cfg):
-    """The shipped facts: (tokenizer, streams by name, questions, clozes, values, fingerprint)."""
+def retokenised(stream, old, new):
+    """A stream of documents, integers (n,), in the tokens of another tokenizer, uint16 (m,)."""
+    documents = np.split(stream, np.flatnonzero(stream == old.eos) + 1)
+    texts = [old.decode(document.tolist()) for document in documents if len(document)]
+    tokens = [token for ids in new.encode_batch(texts) for token in ids + [new.eos]]
+    return np.array(tokens, dtype=np.uint16)
+
+
+def load_facts(cfg, tokenizer):
+    """The shipped facts: (tokenizer, streams by name, questions, clozes, values, fingerprint).
+
+    tokenizer: the one of a run that goes on with this text, or None.
+    """
     folder = prepare_facts(cfg.facts, cfg.vocab_size, cfg.block_size, tokenizer=cfg.tokenizer)
     try:
-        tokenizer = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
+        own = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
         streams = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
                    for name in ("train", "val")}
         pairs = read_rows(folder / "qa.tsv", QA)
@@ -208,6 +240,9 @@ def load_facts(cfg):
     # The content alone: a folder that moved, or that another version of prepare.py wrote with
     # the same content, is the same corpus.
     fingerprint = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    if tokenizer is None or tokenizer.state() == own.state():
+        return own, streams, pairs, cloze, values, fingerprint
+    streams = {name: retokenised(stream, own, tokenizer) for name, stream in streams.items()}
     return tokenizer, streams, pairs, cloze, values, fingerprint
 
 
@@ -238,8 +273,11 @@ def load(cfg, tokenizer=None):
     if not 260 <= cfg.vocab_size <= 2 ** 16:
         raise ValueError(f"--vocab_size={cfg.vocab_size} must be 260 (256 bytes and 4 specials) "
                          "to 65536 (tokens of 16 bits)")
+    if cfg.qa_val and not cfg.qa:
+        raise ValueError(f"--qa_val={printable(cfg.qa_val, None)} asks what --qa teaches: give "
+                         "--qa=FILE too")
     if cfg.data == "facts":
-        tokenizer, streams, pairs, cloze, values, fingerprint = load_facts(cfg)
+        tokenizer, streams, pairs, cloze, values, fingerprint = load_facts(cfg, tokenizer)
     else:
         tokenizer, streams, fingerprint = load_text(cfg, tokenizer)
         pairs = []
@@ -249,8 +287,23 @@ def load(cfg, tokenizer=None):
     train = Text(streams["train"], cfg.block_size, tokenizer, f"{source} (its training part)")
     val = Text(streams["val"], cfg.block_size, tokenizer, f"{source} (its held-out part)")
     if cfg.qa:
-        pairs = read_qa(cfg.qa, tokenizer, cfg.block_size, cfg.answer_size)
+        pairs = read_own(cfg, tokenizer)
     return Corpus(tokenizer, train, val, pairs, cloze, values, fingerprint)
+
+
+def read_own(cfg, tokenizer):
+    """The questions of the files that cfg.qa and cfg.qa_val name, a list of QA."""
+    pairs = read_qa(cfg.qa, tokenizer, cfg.block_size, cfg.answer_size)
+    if cfg.qa_val:
+        pairs += read_reworded(cfg.qa_val, pairs, tokenizer, cfg.block_size, cfg.answer_size)
+    return pairs
+
+
+def read_questions(cfg, tokenizer):
+    """The questions of the corpus that cfg names, a list of QA; its text is not read."""
+    if cfg.qa:
+        return read_own(cfg, tokenizer)
+    return load_facts(cfg, None)[2] if cfg.data == "facts" else []
 
 
 # the wordings of a quick look between full evaluations

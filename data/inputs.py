@@ -88,10 +88,18 @@ def decode(flag, path, raw):
             f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
 
 
+def clean(text):
+    """A text with composed letters (NFC) and line ends as on Linux.
+
+    Composed and decomposed letters look alike, and questions are composed too.
+    """
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+
+
 def read_text(path):
-    """The text of a UTF-8 file; ValueError says what is wrong with the file and where."""
+    """The text of a UTF-8 file, `clean`; ValueError says what is wrong with it and where."""
     raw = read_bytes("--data", path, TEXT_LIMIT, "the path of a UTF-8 text file")
-    text = decode("--data", path, raw)
+    text = clean(decode("--data", path, raw))
     if not text.strip():
         raise ValueError(f"--data={printable(path, None)} is empty: give a file with text in it")
     return text
@@ -149,17 +157,17 @@ def find_delimiter(text):
     return next((delimiter for delimiter in DELIMITERS if delimiter in first_line), "\t")
 
 
-def read_pairs(path):
+def read_pairs(path, flag="--qa"):
     """(line, question, answer) of each pair of a .tsv or .csv file, without repetitions.
 
     The rules are csv's. A first line `question,answer` is a header and left out, as is Excel's
     `sep=;`, which names the delimiter. Composed and decomposed letters (NFC, NFD) look alike, so
     all are made composed. ValueError names the line of a record that is no pair, and both lines
-    where one question has two answers.
+    where one question has two answers. flag: the one that names the file.
     """
-    where = f"--qa={printable(path, None)}"
-    raw = read_bytes("--qa", path, PAIRS_LIMIT, "a file of lines: question, tab, answer")
-    text = decode("--qa", path, raw)
+    where = f"{flag}={printable(path, None)}"
+    raw = read_bytes(flag, path, PAIRS_LIMIT, "a file of lines: question, tab, answer")
+    text = decode(flag, path, raw)
     lines_before = 0
     if text[:4].lower() == "sep=" and text[4:5] in DELIMITERS and text[5:6] in "\r\n":
         delimiter = text[4]

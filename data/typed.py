@@ -11,6 +11,7 @@ neighbouring key. So a figure on the test says something about typing, and not a
 import collections
 import random
 import re
+import unicodedata
 
 # What follows from a standard keyboard: the letters beside each letter of a row.
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -21,8 +22,11 @@ LITTLE = set("a any by can could do give i idea in is know me my name of on plea
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 def plain(question):
-    """A question as it is encoded: straight quotes, single blanks, and ALL CAPS in lower case."""
-    question = " ".join(question.translate(QUOTES).split())
+    """A question as it is encoded: straight quotes, single blanks, and ALL CAPS in lower case.
+
+    Letters are composed (NFC), as in the files that are read.
+    """
+    question = " ".join(unicodedata.normalize("NFC", question).translate(QUOTES).split())
     return question.lower() if question.isupper() else question
 
 # -- training --------------------------------------------------------------------------------------
