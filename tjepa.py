@@ -87,7 +87,9 @@ class Config:
             ("ema_half_life", lambda v: v >= 0, "0 or more; inf freezes the target"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
-            ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size, "lower"),
+            # at least one token stays
+            ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size,
+             f"below {1 - 0.5 / self.block_size:.4f}: one token of block_size must stay"),
             ("n_embd pred_embd", lambda v: v % width == 0, f"a multiple of 2 * n_head = {width}"),
             ("top_k", lambda v: v <= self.n_layer + 1, f"1 to n_layer + 1 = {self.n_layer + 1}"),
             ("target", *one_of("span", "token")),

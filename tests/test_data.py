@@ -25,7 +25,8 @@ TOKENIZER = Tokenizer(train_bpe("Who wrote it? I did. " * 20, 300))
 def pairs(path, content):
     """(question, answer) of each pair of a file with that content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(row.question, row.answer) for row in data.read_qa(path, TOKENIZER, 64, 64)]
+    rows = data.read_qa(path, TOKENIZER, 64, 64)
+    return [(row.question, row.answer) for row in rows if row.phrasing == "trained"]
 
 
 def one_line(error):
@@ -411,6 +412,14 @@ def test_a_long_text_becomes_the_same_tokens_in_parts(tmp_path):
         parts = list(tokenizer.encode_parts(text, size))
         assert len(parts) > 10
         assert [i for part in parts for i in part] == tokenizer.encode(text)
+
+
+def test_a_text_is_the_same_with_composed_letters_and_other_line_ends(tmp_path):
+    """Else a book and its questions would disagree, and a run could not be resumed on Windows."""
+    ways = ["caf\u00e9\nna\u00efve", "cafe\u0301\r\nnai\u0308ve", "\ufeffcaf\u00e9\r\nnai\u0308ve"]
+    for number, text in enumerate(ways):
+        (tmp_path / str(number)).write_bytes(text.encode())
+        assert data.read_text(tmp_path / str(number)) == ways[0]
 
 
 def test_own_text_is_read_whatever_its_script(tmp_path):

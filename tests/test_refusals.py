@@ -64,7 +64,7 @@ def write_checkpoint(folder, checkpoint, sealed=True):
     ("--mask_ratio=0", "mask_ratio"),
     ("--mask_ratio=1", "mask_ratio"),
     ("--mask_ratio=inf", "mask_ratio"),
-    ("--mask_ratio=.99", "--mask_ratio=0.99"),
+    ("--mask_ratio=.99", "--mask_ratio=0.99 must be below 0.9844"),
     ("--pretrain_lr=-1", "pretrain_lr"),
     ("--pretrain_lr=nan", "pretrain_lr"),
     ("--dtype=fp16", "auto, fp32, bf16"),
@@ -184,6 +184,45 @@ def test_gpt2_without_internet_says_which_file_to_put_where(base, refused, tmp_p
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     said = refused(*base, "--tokenizer=gpt2", "--phase=pretrain", f"--out={tmp_path / 'run'}")
     assert "TIKTOKEN_CACHE_DIR" in said
+
+
+@pytest.mark.parametrize("content, words", [
+    ("what is the colour of the MOSS?\tgreen\n", "is in --qa too"),
+    ("How is the moss coloured?\tpink\n", "'pink', which no question of --qa has"),
+    ("How is the moss coloured?\n", "line 1: 0 tabs"),
+    ("How is the moss coloured?" + " very" * 99 + "\tgreen\n", "32 fit"),
+])
+def test_bad_rewordings_are_refused(base, refused, tmp_path, content, words):
+    """A question that was taught, or an answer that was not, would make the figure worthless."""
+    (tmp_path / "val.tsv").write_text(content)
+    said = refused(*base, f"--qa_val={tmp_path / 'val.tsv'}", f"--out={tmp_path / 'run'}")
+    assert words in said and "--qa_val=" in said and not (tmp_path / "run").exists()
+
+
+def test_rewordings_need_questions(base, refused, tmp_path):
+    """Of the shipped facts there are held-out wordings already."""
+    said = refused(*base, "--qa=", "--qa_val=val.tsv", f"--out={tmp_path / 'run'}")
+    assert "--qa_val=" in said and "give --qa=FILE too" in said
+
+
+# -- phase 1 goes on -------------------------------------------------------------------------------
+@pytest.mark.parametrize("argv, words", [
+    (["--out={run}"], "is --out itself"),
+    (["--n_embd=64"], "--n_embd=64, but the run in --init_from="),
+    (["--vocab_size=300"], "--vocab_size=300, but the run in --init_from="),
+    (["--recipe=latent"], "--recipe=latent, but the run in --init_from="),
+    (["--init_from=nowhere"], "no checkpoint in --init_from=nowhere"),
+    (["--phase=distill"], "--init_from begins a run with phase 1"),
+    (["--resume"], "--init_from begins a run with phase 1"),
+])
+def test_phase_1_goes_on_with_the_same_model_in_another_folder(copy, refused, tmp_path, argv,
+                                                               words):
+    """Anything else is refused, and both folders stay as they were."""
+    before = contents(copy)
+    new = tmp_path / "new"
+    said = refused(f"--init_from={copy}", f"--out={new}",
+                   *(word.replace("{run}", str(copy)) for word in argv))
+    assert words in said and contents(copy) == before and not new.exists()
 
 
 # -- the order of the phases -----------------------------------------------------------------------

@@ -3,6 +3,7 @@ import dataclasses
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -242,6 +243,78 @@ def test_the_energy_of_a_candidate_does_not_depend_on_the_others(runs):
     torch.testing.assert_close(energy(ANSWERS), alone)
 
 
+# -- vectors to take out ---------------------------------------------------------------------------
+def test_embed_writes_the_concept_of_each_line(runs, ask, tmp_path):
+    """After phase 1; blank lines have no row, and a longer neighbour changes nothing."""
+    lines = ["Octavia number 1 went.", "Golf", "The red car went along the road past the house"]
+    (tmp_path / "a.b.txt").write_text("\ufeff" + lines[0] + "\r\n\n  \n" + "\n".join(lines[1:]))
+    said = ask(f"--embed={tmp_path / 'a.b.txt'}", phase="pretrain")
+    vectors = np.load(tmp_path / "a.b.npy")
+    asked = session(runs["pretrain"])
+    for line, vector in zip(lines, vectors, strict=True):
+        tokens = torch.tensor([asked.tokenizer.encode(" " + line)])
+        with torch.no_grad():
+            expected = asked.run.model.concept(tokens)[0].numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    assert vectors.dtype == np.float32
+    assert "3 rows of 32 numbers" in said[0] and "target encoder" in said[1]
+    assert "mean over the tokens" in said[2] and "top_k=2 of 2 layers" in said[2]
+
+
+def test_embed_replaces_only_a_file_that_was_named(runs, ask, fails, tmp_path):
+    """An .npy beside the text may be someone's."""
+    (tmp_path / "a.txt").write_text("Golf")
+    (tmp_path / "a.npy").write_bytes(b"mine")
+    embed = f"--embed={tmp_path / 'a.txt'}"
+    assert "--save=FILE.npy" in fails(f"--out={runs['speak']}", embed)
+    assert (tmp_path / "a.npy").read_bytes() == b"mine"
+    ask(embed, f"--save={tmp_path / 'a.npy'}")
+    assert np.load(tmp_path / "a.npy").shape == (1, 32)
+
+
+@pytest.mark.parametrize("content, more, words", [
+    (b" \n", [], "is empty"),
+    (b"Golf\n" + b"word " * 99, [], "line 2"),
+    (b"\xff\xff", [], "not UTF-8"),
+    (b"Golf", ["--save=a.txt"], "must end in .npy"),
+    (b"Golf", ["--save=no/such/folder/a.npy"], "create it first"),
+    (b"Golf", ["--prompt=Golf?"], "--prompt and --embed"),
+    (b"Golf", ["--list"], "--embed and --list"),
+])
+def test_what_cannot_be_embedded_is_one_line(runs, fails, tmp_path, content, more, words):
+    """And nothing is written."""
+    (tmp_path / "a.txt").write_bytes(content)
+    assert words in fails(f"--out={runs['speak']}", f"--embed={tmp_path / 'a.txt'}", *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+# -- what may be asked -----------------------------------------------------------------------------
+def test_list_shows_the_questions_of_ones_own(ask):
+    """As they were taught; the text is not read."""
+    said = ask("--list")
+    assert said == ["questions of your own, taught as DEC:", *(f"  {car}?" for car in MAKERS)]
+
+
+def test_list_shows_facts_by_relation_and_split(ask, changed, runs):
+    """One example of each relation, and the subjects of each split."""
+    config = train.load_checkpoint(runs["speak"])["config"] | dict(data="facts", qa="")
+    said = ask(changed("speak", config=config, questions=None), "--list")
+    assert said[0] == "capital, as in: What is the capital of France?"
+    assert [line.split()[0] for line in said[1:5]] == ["DEC", "LAT", "NEVER", "TXT"]
+    assert " Italy, " in said[2] and " Germany, " in said[4] and len(said) == 10 * 5
+
+
+def test_list_says_what_is_missing(fails, changed, runs, tmp_path):
+    """A run without questions, and questions that were moved or changed."""
+    config = train.load_checkpoint(runs["speak"])["config"]
+    assert "has no questions" in fails(changed("pretrain", config=config | dict(qa="")), "--list")
+    gone = config | dict(qa=str(tmp_path / "gone.tsv"))
+    assert "gone.tsv" in fails(changed("speak", config=gone), "--list")
+    (tmp_path / "other.tsv").write_text("Golf?\tVW\n")
+    other = config | dict(qa=str(tmp_path / "other.tsv"))
+    assert "have changed" in fails(changed("speak", config=other), "--list")
+
+
 # -- a conversation --------------------------------------------------------------------------------
 @pytest.fixture
 def converse(ask, monkeypatch):
@@ -312,6 +385,8 @@ ONE_SPAN = "exactly one span in brackets"
     (["--inspect=" + "word " * 99], TOO_LONG),
     (["--inspect=[Ford] " + "word " * 99], TOO_LONG),
     (["--prompt=Golf?", "--inspect=Golf?"], "--prompt and --inspect"),
+    (["--save=a.npy"], "--embed=FILE too"),
+    (["--embed="], "--embed="),
     (["--inspect=The [red car"], ONE_SPAN),
     (["--inspect=The red] car"], ONE_SPAN),
     (["--inspect=The ]red[ car"], ONE_SPAN),

@@ -247,6 +247,70 @@ def test_a_resumed_run_takes_the_weight_decay_that_it_is_given(world):
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
 
 
+# -- phase 1 goes on -------------------------------------------------------------------------------
+def test_phase_1_goes_on_from_another_run(world, tmp_path):
+    """It starts where the other run stopped, bit by bit, in another folder."""
+    first = config(world.folder, tmp_path / "first", phase="pretrain", pretrain_steps=6)
+    train.run(first)
+    given = dict(init_from=first.out, out=str(tmp_path / "more"), phase="pretrain",
+                 pretrain_steps=0)
+    figures = train.run(train.resolve(given))
+    before, after = weights(first.out), weights(given["out"])
+    assert all(torch.equal(before[name], after[name]) for name in before
+               if name.startswith(("context_encoder", "target_encoder", "predictor")))
+    assert figures["val_r2"] == train.load_checkpoint(first.out)["rows"][-1]["val_r2"]
+    given |= dict(pretrain_steps=4, seed=1)
+    assert train.run(train.resolve(given))["step"] == 4
+    resumed = dict(resume=True, out=given["out"], pretrain_steps=6)
+    assert train.run(train.resolve(resumed))["step"] == 6
+
+
+def test_phase_1_goes_on_with_another_text(world, tmp_path):
+    """The vocabulary stays, also where the shipped facts have one of their own."""
+    ranks = train.load_checkpoint(world.cfg.out)["tokenizer"]
+    (tmp_path / "other.txt").write_text("The lake is blue and deep. " * 99)
+    for number, text in enumerate((str(tmp_path / "other.txt"), "facts")):
+        given = dict(init_from=world.cfg.out, data=text, out=str(tmp_path / str(number)),
+                     phase="pretrain", pretrain_steps=2)
+        if text == "facts":
+            # at 400 tokens the statements of the cloze are longer than a row
+            with pytest.raises(ValueError, match="--block_size=32"):
+                train.run(train.resolve(given))
+            continue
+        train.run(train.resolve(given))
+        saved = train.load_checkpoint(given["out"])
+        assert saved["tokenizer"] == ranks and saved["config"]["data"] == text
+
+
+def test_facts_can_be_read_in_the_tokens_of_another_run(world):
+    """Word by word the same text."""
+    tokenizer = data.Tokenizer.from_state(train.load_checkpoint(world.cfg.out)["tokenizer"])
+    cfg = train.Config()
+    own, theirs = data.load(cfg), data.load(cfg, tokenizer)
+    assert theirs.tokenizer is tokenizer and own.fingerprint == theirs.fingerprint
+    for text in ("train", "val"):
+        mine, other = getattr(own, text), getattr(theirs, text)
+        assert own.tokenizer.decode(mine.tokens[-3000:].tolist()) == tokenizer.decode(
+            other.tokens.tolist())[-len(own.tokenizer.decode(mine.tokens[-3000:].tolist())):]
+        assert (mine.tokens == mine.eos).sum() == (other.tokens == other.eos).sum()
+
+
+# -- questions in other words ----------------------------------------------------------------------
+def test_rewordings_are_asked_and_never_taught(world, tmp_path, capsys):
+    """Figures stand beside those of the training questions."""
+    (tmp_path / "val.tsv").write_text("The moss has which colour?\tgreen\n"
+                                      "Which colour has the rose?\tred\n")
+    cfg = config(world.folder, tmp_path / "run", qa_val=str(tmp_path / "val.tsv"), **ONE_STEP)
+    figures = train.run(cfg)
+    assert {"r1_DEC_heldout", "em_DEC_heldout"} <= figures.keys()
+    assert "trained / held-out phrasing" in capsys.readouterr().out
+    rows = data.load(cfg).qa
+    assert [row.question for row in rows if row.phrasing == "heldout"] == [
+        "The moss has which colour?", "Which colour has the rose?"]
+    assert not {row.question for row in rows if row.phrasing == "trained"} & {
+        row.question for row in rows if row.phrasing == "heldout"}
+
+
 # -- recipes ---------------------------------------------------------------------------------------
 def test_recipe_paper_is_section_3_1_of_the_paper():
     """Mean latents of spans, last layer, plain MSE, nothing beside it."""
@@ -279,6 +343,15 @@ def test_recipe_v2_has_no_phase_2_and_speaks_from_token_latents(world, tmp_path)
     assert {row["step"] for row in saved["rows"] if row["phase"] == "distill"} == {0}
     spoken = [row for row in saved["rows"] if "alpha" in row]
     assert spoken and all(row["alpha"] == 0 and row["loss"] == row["token"] for row in spoken)
+
+
+def test_few_layers_lower_top_k_by_themselves():
+    """A default that follows from another flag is no error; one that was given is."""
+    assert train.resolve(dict(n_layer=2)).top_k == 2
+    assert train.resolve(dict(n_layer=6)).top_k == train.Config.top_k
+    assert train.resolve(dict(n_layer=2, recipe="paper")).top_k == 1
+    with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer = 2"):
+        train.resolve(dict(n_layer=2, top_k=4))
 
 
 def test_every_recipe_fits_every_preset_and_only_the_default_sees_tokens():
