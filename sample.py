@@ -177,7 +177,8 @@ def inspect_gap(session, text):
     truth = found[2].strip()
     values = list(dict.fromkeys([*candidates(session), truth]))
     energy = evaluate.gap_energy(session.run, session.tokenizer, before, values, after)
-    print("  energy  candidate")
+    kind = "the answers of the run" if session.checkpoint["answers"] else "its vocabulary's words"
+    print(f"  energy  candidate (of {kind}, and the hidden text)")
     for i in energy.argsort()[:session.flags.n].tolist():
         print(f"{energy[i]:8.4f}  {printable(values[i], None)}")
     own = energy[values.index(truth)]
@@ -223,7 +224,7 @@ def embed(session):
     buffer = io.BytesIO()
     np.save(buffer, vectors.float().cpu().numpy())
     write_safely(path, buffer.getvalue())
-    print(f"{path}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), one for each line "
+    print(f"{printable(path, None)}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), one for each line "
           "that is not blank\n"
           "encoder: the target encoder, which reads the whole sentence\n"
           f"pooling: mean over the tokens of the mean of the last top_k={run.cfg.top_k} of "

@@ -199,6 +199,7 @@ def test_a_gap_needs_phase_1_only(ask):
 def test_before_phase_2_words_of_the_text_may_fill_a_gap(ask):
     """The vocabulary's whole words, since there are no answers yet."""
     lines = ask("--inspect=The [red] car went.", "--n=9999", phase="pretrain")
+    assert "its vocabulary's words" in lines[0]
     names = {name for _, name in table(lines)}
     assert {"red", "blue", "house"} < names
     assert all(name.isalpha() and len(name) > 2 for name in names)
@@ -207,6 +208,7 @@ def test_before_phase_2_words_of_the_text_may_fill_a_gap(ask):
 def test_after_phase_2_answers_may_fill_a_gap(ask):
     """All of them, and nothing else."""
     lines = ask("--inspect=The [Ford] car went.", "--n=99", phase="distill")
+    assert "the answers of the run" in lines[0]
     assert sorted(name for _, name in table(lines)) == ANSWERS
 
 
@@ -295,10 +297,11 @@ def test_list_shows_the_questions_of_ones_own(ask):
     assert said == ["questions of your own, taught as DEC:", *(f"  {car}?" for car in MAKERS)]
 
 
-def test_list_shows_facts_by_relation_and_split(ask, changed, runs):
+def test_list_shows_facts_by_relation_and_split(ask, changed, monkeypatch):
     """One example of each relation, and the subjects of each split."""
-    config = train.load_checkpoint(runs["speak"])["config"] | dict(data="facts", qa="")
-    said = ask(changed("speak", config=config, questions=None), "--list")
+    facts = data.read_questions(train.Config(), None)
+    monkeypatch.setattr(data, "read_questions", lambda cfg, tokenizer: facts)
+    said = ask(changed("speak", questions=None), "--list")
     assert said[0] == "capital, as in: What is the capital of France?"
     assert [line.split()[0] for line in said[1:5]] == ["DEC", "LAT", "NEVER", "TXT"]
     assert " Italy, " in said[2] and " Germany, " in said[4] and len(said) == 10 * 5
