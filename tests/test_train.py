@@ -345,6 +345,15 @@ def test_recipe_v2_has_no_phase_2_and_speaks_from_token_latents(world, tmp_path)
     assert spoken and all(row["alpha"] == 0 and row["loss"] == row["token"] for row in spoken)
 
 
+def test_a_smoke_run_says_what_to_expect_of_it(world, tmp_path, capsys):
+    """At the end of all its phases; other runs do not say it."""
+    cfg = config(world.folder, tmp_path / "run", preset="minute", **ONE_STEP)
+    train.run(cfg)
+    assert report.MINUTE in capsys.readouterr().out.splitlines()
+    train.run(dataclasses.replace(cfg, preset="tiny", out=str(tmp_path / "tiny")))
+    assert report.MINUTE not in capsys.readouterr().out
+
+
 def test_few_layers_lower_top_k_by_themselves():
     """A default that follows from another flag is no error; one that was given is."""
     assert train.resolve(dict(n_layer=2)).top_k == 2
