@@ -50,7 +50,7 @@ class Config(tjepa.Config):
     """tjepa.Config shapes the model and its losses; these fields shape a run."""
     GROUPS: ClassVar[dict] = {          # sections of --help; what is not named comes last
         "first of all": ("phase", "out", "data", "qa", "preset", "recipe", "resume", "seed"),
-        "more of the same": ("init_from", "qa_val", "added"),
+        "more text, more questions": ("init_from", "qa_val", "added"),
         "how long": ("pretrain_steps", "distill_steps", "speak_steps", "eval_every"),
         "one change, one effect": ("stop_gradient", "ema_half_life", "sigreg", "mlm", "loss",
                                    "target", "top_k", "target_norm", "mask_ratio", "max_span"),
