@@ -14,8 +14,8 @@ import report
 
 ROWS = [
     dict(phase="pretrain", step=0, std=0.9, rank=40.0, bound=64, health="healthy", val_r2=-0.1),
-    dict(phase="pretrain", step=20, latent=0.5, r2=0.1, loss=0.5),
-    dict(phase="pretrain", step=40, latent=0.4, r2=0.2, std=0.8, rank=32.0, bound=64, val_r2=0.1),
+    dict(phase="pretrain", step=20, latent=0.5, mlm=7.1, loss=0.5),
+    dict(phase="pretrain", step=40, latent=0.4, mlm=6.2, std=0.8, rank=32.0, bound=64, val_r2=0.1),
 ]
 
 
