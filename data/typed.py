@@ -46,13 +46,17 @@ def as_typed(question, subject, rng):
 
 def clipped(question, subject, rng):
     """Without some of the little words before the subject: what is asked for stays."""
-    before, found, after = question.partition(subject)
+    before, found, after = question.partition(as_written(subject, question))
     words = before.split(" ")
     little = 0
     while little < len(words) and words[little].lower().strip(",:") in LITTLE:
         little += 1
     words = words[rng.randrange(little + 1):]
     return " ".join(words) + found + after
+
+def as_written(subject, question):
+    """The subject as a question has it: with a capital letter at its beginning."""
+    return subject if subject in question else subject[:1].upper() + subject[1:]
 
 def requoted(question, rng):
     """Without its quotation marks, or with double ones. An apostrophe inside a word stays."""

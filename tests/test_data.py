@@ -23,7 +23,7 @@ TOKENIZER = Tokenizer(train_bpe("Who wrote it? I did. " * 20, 300))
 
 
 def pairs(path, content):
-    """(question, answer) of each pair of a file with that content, without the copies with noise."""
+    """(question, answer) of each pair of a file with that content; not the copies with noise."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return [(row.question, row.answer) for row in data.read_qa(path, TOKENIZER, 64, 64)
             if row.phrasing == "trained"]
