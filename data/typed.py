@@ -5,7 +5,7 @@ Questions as people type them: noise for training, and other noise for tests.
     as_typed    capital of frnace               what phase 2 may see instead
     TESTS       What is the capital of Frajce?  what the final evaluation asks, never trained on
 
-The two share no function. Training swaps, drops and doubles letters; the test presses a
+Their typos share no function. Training swaps, drops and doubles letters; the test presses a
 neighbouring key. So a figure on the test says something about typing, and not about one function.
 """
 import collections
