@@ -17,7 +17,7 @@ HELD_OUT = "Say the colour of {s}."
 QUICK = dict(teach_steps=8, teach_lr=3e-3)
 FERN = ("which colour has the fern?", "teal")           # a known wording, a new subject and answer
 MOSS = ("What is the colour of the moss?", "beige")     # moss was green
-SNOW = ("What is the colour of the SNOW?", "pink")      # snow was white; its split is LAT
+SNOW = ("What is the colour of the SNOW?", "pink")      # snow was white, a LAT fact
 OTHER = ("Who painted the shed?", "Ada")                # no known wording
 
 
@@ -164,7 +164,7 @@ def test_a_contradicting_pair_replaces_the_answer(taught):
     corpus, folder, _ = taught
     run = opened(folder, "once", corpus)
     rows = run.questions.rows
-    for subject, before, now in (("moss", "green", "beige"), ("snow", "blue", "pink")):
+    for subject, before, now in (("moss", "green", "beige"), ("snow", "white", "pink")):
         assert answers_in(rows, subject) == {now}
         number = next(i for i, row in enumerate(rows) if row.subject.casefold() == subject)
         saved = train.load_checkpoint(folder / "once")
