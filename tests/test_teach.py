@@ -139,6 +139,24 @@ def test_what_contradicts_a_pair_is_dropped_in_every_wording(pair, subject):
     assert [row for row in rows if row.split != "NEW"] == old
 
 
+def test_a_known_subject_keeps_its_spelling():
+    """Otherwise "What is the capital of France?" would go on as before after a pair with france."""
+    rows = data.add_pairs(facts(), [SNOW], data.QA)
+    new = {row.question: row.subject for row in rows if row.split == "NEW"}
+    others = {wording.replace("{s}", "snow"): "snow" for wording in WORDINGS}
+    assert new == {SNOW[0]: "SNOW"} | others
+
+
+def test_a_wording_of_two_relations_is_about_the_one_that_knows_the_subject():
+    """Whatever the names of the relations are."""
+    asked = WORDINGS[0].replace("{s}", "lead")
+    others = [data.QA("DEC", "trained", relation, "lead", asked, "much")
+              for relation in ("weight", "age")]
+    for pair in (MOSS, SNOW):
+        new = data.add_pairs(others + facts(), [pair], data.QA)[-1]
+        assert (new.relation, new.answer) == ("colour", pair[1])
+
+
 def test_an_own_pair_is_contradicted_by_the_same_question_alone():
     """However it is written; a question about the same thing is another question."""
     rows = [data.QA("DEC", "trained", "qa", "moss", "What is moss?", "a plant"),

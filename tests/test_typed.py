@@ -84,9 +84,9 @@ def test_clipping_leaves_out_little_words_alone(corpus):
 
 def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
     """Some of many are clipped, in lower case, without mark or quotes, or have a typo."""
-    question, subject = "Can you tell me who wrote 'Emma'?", "Emma"
-    found = [typed.as_typed(question, subject, random.Random(seed)) for seed in range(300)]
-    assert found == [typed.as_typed(question, subject, random.Random(seed)) for seed in range(300)]
+    question, subject, seeds = "Can you tell me who wrote 'Emma'?", "Emma", range(3000)
+    found = [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
+    assert found == [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
     assert {question, "can you tell me who wrote 'emma'", "who wrote 'Emma'?", "who wrote emma",
             'Can you tell me who wrote "Emma"?'} <= set(found)
     letters = [len(re.sub(r"\W", "", text)) for text in found]
@@ -102,7 +102,7 @@ def test_a_misspelling_swaps_drops_or_doubles_one_letter():
         places = [i for i, (a, b) in enumerate(zip(ASKED, text)) if a != b]
         if longer == 0:
             first, second = places
-            assert second == first + 1 and ASKED[first:second + 1] == text[second:first - 1:-1]
+            assert second == first + 1 and ASKED[first:second + 1] == text[first:second + 1][::-1]
         else:
             more, less = sorted((ASKED, text), key=len, reverse=True)
             assert abs(longer) == 1
