@@ -82,6 +82,7 @@ def copy(world, tmp_path):
 def refused(capsys):
     """refused(*argv) -> the error of train.py: one line, with exit code 2."""
     def refused(*argv):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train.main([str(word) for word in argv])
         error = capsys.readouterr().err
@@ -308,13 +309,11 @@ def test_a_run_that_has_not_ended_is_not_taught(world, refused, tmp_path):
     assert "no checkpoint" in refused(*teach(tmp_path / "none", pairs))
     assert not (tmp_path / "none").exists()
     out = tmp_path / "half"
-    for phase, first in (("pretrain", "--phase=speak"), ("distill", "--phase=speak")):
-        train.run(train.resolve(FLAGS | dict(
-            data=world.cfg.data, qa=world.cfg.qa, phase=phase, pretrain_steps=1, distill_steps=2,
-            out=str(out))) if phase == "pretrain" else
-            train.resolve(dict(phase=phase, qa=world.cfg.qa, distill_steps=2, out=str(out))))
+    read = FLAGS | dict(phase="pretrain", data=world.cfg.data, pretrain_steps=1)
+    for given in (read, dict(phase="distill", qa=world.cfg.qa, distill_steps=2)):
+        train.run(train.resolve(given | dict(out=str(out))))
         before = contents(out)
-        assert f"run {first} first" in refused(*teach(out, pairs))
+        assert "run --phase=speak first" in refused(*teach(out, pairs))
         assert contents(out) == before
     train.run(train.resolve(dict(phase="speak", speak_steps=2, out=str(out))))
     saved = train.load_checkpoint(out)
