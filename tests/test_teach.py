@@ -10,7 +10,7 @@ import data
 import report
 import sample
 import train
-from tests.toy import COLOURS, FLAGS, THINGS, config, weights, write_corpus
+from tests.toy import COLOURS, FLAGS, PAIRS, THINGS, config, weights, write_corpus
 
 WORDINGS = ("What is the colour of the {s}?", "Which colour has the {s}?", "{s}: which colour?")
 HELD_OUT = "Say the colour of {s}."
@@ -357,7 +357,7 @@ def test_what_was_added_can_be_asked(copy, tmp_path, capsys):
     pairs = write_pairs(tmp_path / "new.tsv", OTHER, MOSS)
     train.main(teach(copy, pairs, teach_steps=150, teach_lr=4e-3))
     assert f"next: python sample.py --out={copy}" in capsys.readouterr().out
-    for question, answer in (OTHER, MOSS, ("What is the colour of the coal?", "purple")):
+    for question, answer in (OTHER, MOSS, PAIRS[4]):
         sample.main([f"--out={copy}", f"--prompt={question}"])
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith(f"{answer}   (nearest: {answer}, at "), said

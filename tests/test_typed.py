@@ -17,7 +17,7 @@ from tests.toy import PAIRS, write_corpus
 
 # what is asked at the end only
 AT_THE_END = {"natural", "nonsense", *evaluate.TYPING}
-BETWEEN = {"heldout", "typed", "made_up"}
+BETWEEN = set(data.QUICK)
 ASKED = "What is the capital of France?"
 
 
