@@ -19,7 +19,7 @@ from data.facts.prepare import prepare as prepare_facts
 from data.inputs import (  # noqa: F401
     TEXT_LIMIT, clean, decode, printable, read_bytes, read_pairs, read_text, read_vectors)
 from data.tokenizer import Tokenizer, train_bpe
-from data.typed import as_typed, made_up, nonsense, plain, subjects_of  # noqa: F401
+from data.typed import as_typed, as_written, made_up, nonsense, plain, subjects_of  # noqa: F401
 
 
 class QA(NamedTuple):
@@ -378,7 +378,7 @@ class Questions:
             batch = []
             for place, number in enumerate(which.tolist()):
                 row = rows[number]
-                question, subject = row.question, row.subject
+                question, subject = row.question, as_written(row.subject, row.question)
                 if rng.random() < unknown:
                     which[place] = m
                     name = made_up(subject, rng.choice(rows).subject, rng)
@@ -418,7 +418,9 @@ class Questions:
     def only(self, *phrasings):
         """The same with the questions of some phrasings: a quick look between full evaluations.
 
-        All questions, where none has such a phrasing.
+        All questions, where none has the first of them: pairs of one's own are not held out.
         """
+        if all(row.phrasing != phrasings[0] for row in self.rows):
+            return self
         kept = [i for i, row in enumerate(self.rows) if row.phrasing in phrasings]
-        return self.pick(torch.tensor(kept, device=self.tokens.device)) if kept else self
+        return self.pick(torch.tensor(kept, device=self.tokens.device))

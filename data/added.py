@@ -32,15 +32,20 @@ def subject_in(question, frame):
     return question[len(before):len(question) - len(after)].strip() if fits else ""
 
 
-def find_frame(question, frames):
-    """(relation, subject) of a question in a known wording, the most detailed one; or None."""
+def find_frame(question, frames, known):
+    """(relation, subject) of a question in a known wording, the most detailed one; or None.
+
+    known: pairs (relation, subject in lower case). Where relations share a wording, as Where is
+    {s}?, the one that knows the subject counts.
+    """
     fits = []
     for relation, wordings in frames.items():
         for frame in wordings:
             subject = subject_in(question, frame)
             if subject and "{s}" in frame:
-                fits.append((len(frame), relation, subject))
-    return max(fits)[1:] if fits else None
+                is_known = (relation, subject.casefold()) in known
+                fits.append((len(frame), is_known, relation, subject))
+    return max(fits)[2:] if fits else None
 
 
 def add_pairs(rows, pairs, kind):
@@ -50,18 +55,22 @@ def add_pairs(rows, pairs, kind):
     the same question. New rows have the split NEW.
     """
     frames = frames_of(rows)
+    spelling = {(row.relation, row.subject.casefold()): row.subject for row in rows}
     subjects = subjects_of([row.question for row in rows if row.relation == "qa"]
                            + [question for question, _ in pairs])
     new = []
     for (question, answer), subject in zip(pairs, subjects[-len(pairs):]):
-        found = find_frame(question, frames)
+        found = find_frame(question, frames, spelling)
         if found:
+            # Of "capital of france?" the other wordings are about France, as it was known before.
             relation, subject = found
-            wordings = [frame.replace("{s}", subject) for frame in frames[relation]]
+            known = spelling.get((relation, subject.casefold()), subject)
+            subject_of = {frame.replace("{s}", known): known for frame in frames[relation]}
+            subject_of = {question: subject} | subject_of
         else:
-            relation, wordings = "qa", [question]
-        new += [kind("NEW", "trained", relation, subject, text, answer)
-                for text in dict.fromkeys([question, *wordings])]
+            relation, subject_of = "qa", {question: subject}
+        new += [kind("NEW", "trained", relation, about, text, answer)
+                for text, about in subject_of.items()]
     facts = {(row.relation, row.subject.casefold()) for row in new if row.relation != "qa"}
     asked = {plain(row.question).casefold() for row in new}
     kept = [row for row in rows if (row.relation, row.subject.casefold()) not in facts

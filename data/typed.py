@@ -5,7 +5,7 @@ Questions as people type them: noise for training, and other noise for tests.
     as_typed    capital of frnace               what phase 2 may see instead
     TESTS       What is the capital of Frajce?  what the final evaluation asks, never trained on
 
-The two share no function. Training swaps, drops and doubles letters; the test presses a
+Their typos share no function. Training swaps, drops and doubles letters; the test presses a
 neighbouring key. So a figure on the test says something about typing, and not about one function.
 """
 import collections
@@ -50,13 +50,17 @@ def as_typed(question, subject, rng):
 
 def clipped(question, subject, rng):
     """Without some of the little words before the subject: what is asked for stays."""
-    before, found, after = question.partition(subject)
+    before, found, after = question.partition(as_written(subject, question))
     words = before.split(" ")
     little = 0
     while little < len(words) and words[little].lower().strip(",:") in LITTLE:
         little += 1
     words = words[rng.randrange(little + 1):]
     return " ".join(words) + found + after
+
+def as_written(subject, question):
+    """The subject as a question has it: with a capital letter at its beginning."""
+    return subject if subject in question else subject[:1].upper() + subject[1:]
 
 def requoted(question, rng):
     """Without its quotation marks, or with double ones. An apostrophe inside a word stays."""

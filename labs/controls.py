@@ -190,17 +190,19 @@ def lesson(model, questions, answers):
 def answering(run, taught):
     """loss_at of a GPT that learns to answer the questions `taught`, numbers (n,).
 
-    The loss is the cross-entropy of the answer and its EOS, after [BOS] and the question.
+    The loss is the cross-entropy of the answer and its EOS, after [BOS] and the question. A share
+    --question_noise of the questions is written as people type, as in phase 2. None is about a
+    made-up subject: those rows, a share --made_up, are lost to a T-JEPA's answers alone.
     """
-    questions = run.questions.tokens[taught]                            # (n, Q)
-    answers = run.questions.answer_tokens[run.questions.answer_of[taught]]
-    answers = train.with_end(answers, run.corpus.tokenizer)                   # (n, A)
-    batch = run.cfg.qa_batch_size // run.cfg.accum
+    questions, cfg = run.questions, run.cfg
+    answers = questions.answer_tokens[questions.answer_of[taught]]      # (n, L)
+    answers = train.with_end(answers, run.corpus.tokenizer)             # (n, L+1)
+    draw = questions.drawing(taught, cfg.qa_batch_size // cfg.accum, cfg.question_noise)
 
     def loss_at(progress):
         """Loss of random questions, some of their tokens dropped."""
-        which = torch.randint(len(taught), (batch,)).to(run.device)
-        tokens, targets, positions = lesson(run.model, questions[which], answers[which])
+        which, asked = draw()
+        tokens, targets, positions = lesson(run.model, asked, answers[which])
         _, loss = run.model(tokens, targets, positions)
         return loss, dict(token=loss.detach())
     return loss_at

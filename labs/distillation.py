@@ -35,6 +35,7 @@ import train
 from labs.arms import chosen, in_short, main, results, run_arms
 from labs.controls import MASKED_LM, Reader, read_gpt
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
+from labs.probes import written
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
 from labs.speed import count_flops
 from labs.tables import publish, tables
@@ -220,7 +221,7 @@ def probes(run):
     relation: by logistic regression. fact: by the nearest of the means of the latents of each
     fact's trained phrasings (cosine).
     """
-    rows = [row for row in run.corpus.qa if row.split != "NEVER"]
+    rows = written(run.corpus)
     questions = [row.question for row in rows]
     tokens = data.pack_questions(run.corpus.tokenizer, questions, run.cfg.block_size)
     x = features(run.model, tokens.to(run.device)).cpu()                # (n, C)

@@ -75,11 +75,16 @@ def accuracy(x, probe, tune, penalties=PENALTIES):
 
 # -- the facts -------------------------------------------------------------------------------------
 
+def written(corpus):
+    """The questions about facts as the templates have them, without noise."""
+    return [row for row in corpus.qa
+            if row.split != "NEVER" and row.phrasing in ("trained", "heldout")]
+
 def continents(corpus):
     """Questions that name a country, and its continent: (question, continent, country)."""
-    of = {row.subject: row.answer for row in corpus.qa
-          if row.relation == "continent" and row.split != "NEVER"}
-    return [(row.question, of[row.subject], row.subject) for row in corpus.qa
+    rows = written(corpus)
+    of = {row.subject: row.answer for row in rows if row.relation == "continent"}
+    return [(row.question, of[row.subject], row.subject) for row in rows
             if row.relation in ("capital", "currency", "language") and row.subject in of]
 
 def kinds(corpus):
@@ -94,7 +99,7 @@ def kinds(corpus):
 
 def facts_probes(corpus):
     """The three probes of the facts, name -> `Probe`."""
-    rows = [row for row in corpus.qa if row.split != "NEVER"]
+    rows = written(corpus)
     # the n-th question about a fact has the n-th wording of its relation
     times = collections.Counter()
     wordings = []

@@ -23,7 +23,7 @@ TOKENIZER = Tokenizer(train_bpe("Who wrote it? I did. " * 20, 300))
 
 
 def pairs(path, content):
-    """(question, answer) of each pair of a file with that content."""
+    """(question, answer) of each pair of a file with that content; not the copies with noise."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = data.read_qa(path, TOKENIZER, 64, 64)
     return [(row.question, row.answer) for row in rows if row.phrasing == "trained"]
@@ -137,14 +137,17 @@ def test_a_writing_that_was_cut_short_leaves_nothing(facts, monkeypatch):
     assert contents(prepare.prepare(vocab_size=300)).keys() == {*prepare.FILES, "meta.json"}
 
 
-def test_every_source_and_every_flag_has_a_part_in_the_name(facts):
+def test_every_source_and_every_flag_has_a_part_in_the_name(facts, tmp_path, monkeypatch):
     flags = dict(facts="tiny", vocab_size=300, block_size=64, seed=0, tokenizer="bpe")
     known = [prepare.fingerprint(**flags)]
     for change in (dict(facts="all"), dict(vocab_size=301), dict(block_size=65), dict(seed=1),
                    dict(tokenizer="gpt2")):
         known.append(prepare.fingerprint(**flags | change))
-    for name in prepare.SOURCES:
-        (facts / name).write_text((facts / name).read_text(encoding="utf-8") + "\n")
+    code = [Path(shutil.copy(path, tmp_path)) for path in prepare.CODE]
+    monkeypatch.setattr(prepare, "CODE", code)
+    assert prepare.fingerprint(**flags) == known[0]         # the place does not count
+    for path in [facts / name for name in prepare.SOURCES] + code:
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         known.append(prepare.fingerprint(**flags))
     assert all(a != b for i, a in enumerate(known) for b in known[:i])
 

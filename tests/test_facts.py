@@ -285,6 +285,27 @@ def test_the_gpt_is_told_the_answers_that_it_says_it_is_told(corpus, questions, 
     assert heard == answers(*told.split()) and (heard >= answers("LAT")) == ("LAT" in told)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_the_gpt_sees_the_typing_noise_of_phase_2_and_no_made_up_subject(
+        corpus, questions, noise, monkeypatch):
+    """A made-up subject has no answer that it could be taught."""
+    read, controls_lesson = [], controls.lesson
+
+    def lesson(model, asked, answers):
+        """In place of `controls.lesson`: keeps the questions."""
+        decode = corpus.tokenizer.decode
+        read.extend(decode([i for i in row if i < model.cfg.pad]).strip() for row in asked.tolist())
+        return controls_lesson(model, asked, answers)
+    monkeypatch.setattr(controls, "lesson", lesson)
+    cfg = train.Config(qa_batch_size=512, question_noise=noise, made_up=0.5)
+    run = train.Run(cfg, gpt(corpus.tokenizer), corpus, "cpu", None, questions)
+    torch.manual_seed(0)
+    controls.answering(run, questions.where("DEC", phrasing="trained"))(0.0)
+    known = {data.plain(row.question) for row in questions.rows if row.phrasing == "trained"}
+    changed = sum(text not in known for text in read) / len(read)
+    assert len(read) == 512 and 0.8 * noise <= changed <= noise
+
+
 def test_a_gpt_learns_to_answer_and_its_vectors_can_teach(toy):
     folder, cfg = toy
     cfg = dataclasses.replace(cfg, kind="gpt", out=str(folder / "GPT_0"), qa_batch_size=12)

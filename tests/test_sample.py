@@ -156,7 +156,7 @@ def test_beyond_the_threshold_it_does_not_know(ask, changed):
     said, = ask(out, "--prompt=Octavia?")
     assert re.fullmatch(r"I don't know   \(nearest: .+, at \d+\.\d of 0\.0; "
                         r"--always_answer speaks anyway\)", said)
-    assert ask(out, "--prompt=Octavia?", "--always_answer")[0].startswith("Škoda   (distance ")
+    assert ask(out, "--prompt=Octavia?", "--always_answer")[0].startswith("Škoda   (nearest: ")
 
 
 def test_within_the_threshold_it_speaks(ask, changed):

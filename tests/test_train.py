@@ -374,14 +374,14 @@ def test_every_recipe_fits_every_preset_and_only_the_default_sees_tokens():
 
 # -- teachers --------------------------------------------------------------------------------------
 def test_vectors_of_another_width_can_teach(world, tmp_path):
-    """Any teacher: random vectors of width 20 go through W, standardised per dimension."""
+    """Any teacher: random vectors of width 20 go through W, standardised."""
     teacher = random_vectors(tmp_path / "vectors.npz")
     figures = train.run(config(world.folder, tmp_path / "run", teacher=teacher,
                                distill_steps=200, speak_steps=2))
     concepts = train.load_checkpoint(tmp_path / "run")["concepts"]
     assert concepts.shape == (len(PAIRS), 20)
-    std = concepts.std(0, correction=0)
-    torch.testing.assert_close(std, torch.ones(20), atol=1e-3, rtol=0)
+    torch.testing.assert_close(concepts.mean(0), torch.zeros(20), atol=1e-3, rtol=0)
+    assert concepts.square().mean() == pytest.approx(1, abs=1e-3)
     assert figures["r1_DEC"] > 0.9
 
 
@@ -519,29 +519,43 @@ def test_a_copied_folder_is_a_run_of_its_own(world, tmp_path, monkeypatch):
 def test_lat_and_txt_facts_are_kept_from_the_decoder(monkeypatch):
     """Phase 3 reads DEC questions in trained wordings and bare answers; phase 2 reads questions
     of DEC and LAT. A leak here would make every figure on LAT and TXT worthless."""
-    cfg = train.Config(dtype="fp32", device="cpu")
+    cfg = train.Config(dtype="fp32", device="cpu", question_noise=0, made_up=0)
     corpus = data.load(cfg)
     questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, "cpu")
+    torch.manual_seed(0)
     run = train.Run(cfg, train.build(cfg, corpus.tokenizer), corpus, "cpu", None, questions,
-                    torch.zeros(len(questions.answers), cfg.n_embd))
+                    torch.randn(len(questions.answers), cfg.n_embd))
 
     def text(tokens):
         return {corpus.tokenizer.decode(row).strip() for row in tokens.tolist()}
 
     def trained(*splits):
-        return {row.question for row in questions.rows
+        return {data.plain(row.question) for row in questions.rows
                 if row.split in splits and row.phrasing == "trained"}
     lessons = train.make_lessons(run)
     assert text(lessons.texts[:lessons.n_questions]) == trained("DEC")
     assert text(lessons.texts[lessons.n_questions:]) == set(questions.answers)
 
-    taught = set()
-    monkeypatch.setattr(run.model, "distill_loss",
-                        lambda question, latent: taught.update(text(question)))
+    taught, latents = set(), []
+
+    def distill_loss(question, latent):
+        taught.update(text(question))
+        latents.extend(latent)
+    monkeypatch.setattr(run.model, "distill_loss", distill_loss)
     loss_at, _ = train.distill(run)
     for _ in range(20):
         loss_at(0.0)
     assert len(taught) > 1000 and taught <= trained("DEC", "LAT")
+
+    # with noise and made-up subjects the goal is the answer of such a question, or 0
+    latents.clear()
+    loss_at, _ = train.distill(run._replace(cfg=train.Config()))
+    for _ in range(20):
+        loss_at(0.0)
+    asked = questions.where("DEC", "LAT", phrasing="trained")
+    goals = torch.cat((run.concepts[questions.answer_of[asked]], torch.zeros(1, cfg.n_embd)))
+    assert torch.cdist(torch.stack(latents), goals).amin(1).max() < 1e-3
+    assert 0.07 < sum(not latent.any() for latent in latents) / len(latents) < 0.13
 
 
 def test_splits_and_phrasings_are_disjoint():
@@ -551,10 +565,12 @@ def test_splits_and_phrasings_are_disjoint():
     for row in corpus.qa:
         assert split_of.setdefault((row.subject, row.relation), row.split) == row.split
     trained = {row.question for row in corpus.qa if row.phrasing == "trained"}
-    heldout = {row.question for row in corpus.qa if row.phrasing == "heldout"}
-    assert trained and heldout and not trained & heldout
+    for phrasing in ("heldout", "typed", *evaluate.TYPING, "natural", "made_up", "nonsense"):
+        others = {row.question for row in corpus.qa if row.phrasing == phrasing}
+        assert trained and others and not trained & others, phrasing
     text = corpus.tokenizer.decode(np.asarray(corpus.train.tokens).tolist())
-    never = {row.subject for row in corpus.qa if row.split == "NEVER"}
+    # a line of nonsense, as "?", has no subject
+    never = {row.subject for row in corpus.qa if row.split == "NEVER" and row.relation != "none"}
     held_out = {row.statement.replace("{a}", row.answer) for row in corpus.cloze}
     assert [sentence for sentence in never | held_out if sentence in text] == []
 
@@ -585,11 +601,28 @@ def test_rows_end_at_the_end_of_their_document():
 def test_a_question_that_was_taught_is_never_unknown_by_rounding():
     """With one phrasing the farthest taught question sets the threshold, plus a margin: asked
     alone, its distance differs in the last digits."""
-    def where(split, phrasing):
-        return torch.arange(3 if (split, phrasing) == ("DEC", "trained") else 0)
+    def where(*splits, phrasing):
+        return torch.arange(3 if "DEC" in splits and phrasing == "trained" else 0)
     distance = torch.tensor([1.0, 3.0, 2.0])
-    found = evaluate.abstention(SimpleNamespace(where=where), distance)
+    found = evaluate.abstention(SimpleNamespace(where=where), distance, distance > 0)
     assert 3.0 * 1.01 < found["threshold"] < 3.0 * 1.1
+
+
+def test_the_threshold_tells_what_is_thought_rightly_from_made_up_subjects():
+    """By held-out wordings and their copies with noise; the final evaluation has no say in it."""
+    rows = [("DEC", "heldout", 1.0), ("DEC", "typed", 2.0), ("DEC", "heldout", 3.0),
+            ("DEC", "typed", 4.5), ("NEVER", "made_up", 4.0), ("NEVER", "made_up", 5.0),
+            ("NEVER", "made_up", 6.0)]
+    others = [("DEC", "heldout", 3.5), ("LAT", "heldout", 3.6), ("DEC", "trained", 3.7),
+              ("DEC", "natural", 3.8), ("NEVER", "heldout", 3.1), ("NEVER", "nonsense", 0.1)]
+    for kept in (rows, rows + others):
+        found = data.Questions.__new__(data.Questions)
+        found.rows = [data.QA(split, phrasing, "r", "s", "q", "a") for split, phrasing, _ in kept]
+        found.tokens = torch.zeros(len(kept), 1)
+        distance = torch.tensor([row[2] for row in kept])
+        right = torch.tensor([row != ("DEC", "heldout", 3.5) for row in kept])
+        # 3: all but one known are kept, all unknown refused; 4.5 keeps one and refuses one less
+        assert evaluate.threshold_of(found, distance, right) == 3.0
 
 
 def test_help_lists_every_flag_with_its_reason(capsys):

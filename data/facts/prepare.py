@@ -30,9 +30,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 from data.typed import TESTS, as_typed, made_up, plain  # noqa: E402
 
-# what the written files depend on, beside the flags
+# what the written files depend on, beside the flags: files of this folder, and code beside it
 SOURCES = ("facts.tsv", "templates.tsv", "invented.tsv", "natural.tsv", "nonsense.txt",
-           "prepare.py", "../tokenizer.py", "../typed.py")
+           "prepare.py")
+CODE = (HERE.parent / "tokenizer.py", HERE.parent / "typed.py")
 # Statements of a relation that are used: with 13 the same facts took twice as many steps to learn.
 WORDINGS = 8
 # How many facts of each relation make the tiny world: the most famous ones, which stand first in
@@ -55,8 +56,8 @@ def read_tsv(name):
 def fingerprint(facts, vocab_size, block_size, seed, tokenizer):
     """What the written files depend on, as a dict: each gets a folder of its own."""
     sources = hashlib.sha256()
-    for name in SOURCES:
-        sources.update((HERE / name).read_bytes())
+    for path in (*(HERE / name for name in SOURCES), *CODE):
+        sources.update(path.read_bytes())
     return dict(facts=facts, vocab_size=vocab_size, block_size=block_size, seed=seed,
                 tokenizer=tokenizer, sources=sources.hexdigest()[:16])
 

@@ -1,0 +1,341 @@
+"""Questions as people type them: the noise of phase 2, that of the final evaluation, and that
+neither of the two learns from the other."""
+import collections
+import random
+import re
+import sys
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from data import typed
+from data.facts import prepare
+from tests.toy import PAIRS, write_corpus
+
+# what is asked at the end only
+AT_THE_END = {"natural", "nonsense", *evaluate.TYPING}
+BETWEEN = set(data.QUICK)
+ASKED = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.load(train.Config())
+
+
+@pytest.fixture(scope="module")
+def questions(corpus):
+    return data.Questions(corpus.qa, corpus.tokenizer, 64, 24, "cpu")
+
+
+def text_of(questions, tokens):
+    """Rows of tokens (n, T) as n strings."""
+    decode = questions.tokenizer.decode
+    return [decode([i for i in row if i != questions.tokenizer.pad]).strip()
+            for row in tokens.tolist()]
+
+
+def drawn(questions, asked, seed=0, n=200, **shares):
+    """One draw with a seed: which questions, and their texts."""
+    torch.manual_seed(seed)
+    which, tokens = questions.drawing(asked, n, **shares)()
+    return which, text_of(questions, tokens)
+
+
+# -- the same question -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("asked, encoded", [
+    ("Who wrote \u2018Emma\u2019?", "Who wrote 'Emma'?"),
+    ("Who wrote \u201cEmma\u201d?", 'Who wrote "Emma"?'),
+    ("  What \t is\nit? ", "What is it?"),
+    ("WHO WROTE 'EMMA'?", "who wrote 'emma'?"),
+    ("Who wrote IT?", "Who wrote IT?"),
+    ("1984?", "1984?")])
+def test_quotes_blanks_and_capitals_make_no_other_question(asked, encoded):
+    assert typed.plain(asked) == encoded
+
+
+def test_an_encoded_question_is_plain_and_begins_with_a_blank():
+    """As inside a text: the same words are the same tokens there."""
+    tokenizer = data.Tokenizer(data.train_bpe(f" {ASKED}" * 20, 300))
+    ids = data.pack_questions(tokenizer, [" What is  the capital of France?\n"], 64)[0]
+    assert tokenizer.decode(ids.tolist()) == f" {ASKED}"
+
+
+# -- noise of phase 2 ------------------------------------------------------------------------------
+
+def test_clipping_leaves_out_little_words_alone(corpus):
+    """Subject and what is asked for stay, also where the subject begins the question."""
+    rng, n_clipped = random.Random(0), 0
+    for row in corpus.qa:
+        if row.phrasing != "trained":
+            continue
+        text = typed.clipped(row.question, row.subject, rng)
+        assert row.question.endswith(text)
+        gone = row.question[:len(row.question) - len(text)]
+        assert all(word.lower().strip(",:") in typed.LITTLE for word in gone.split()), row
+        assert row.subject.lower() in text.lower()
+        n_clipped += bool(gone)
+    assert n_clipped > 1000
+
+
+def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
+    """Some of many are clipped, in lower case, without mark or quotes, or have a typo."""
+    question, subject, seeds = "Can you tell me who wrote 'Emma'?", "Emma", range(3000)
+    found = [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
+    assert found == [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
+    assert {question, "can you tell me who wrote 'emma'", "who wrote 'Emma'?", "who wrote emma",
+            'Can you tell me who wrote "Emma"?'} <= set(found)
+    letters = [len(re.sub(r"\W", "", text)) for text in found]
+    whole, shortest = len("Canyoutellmewhowrote"), len("wroteEmma")
+    assert min(letters) >= shortest - 1 and max(letters) == whole + len("Emma") + 1
+
+
+def test_a_misspelling_swaps_drops_or_doubles_one_letter():
+    kinds = collections.Counter()
+    for seed in range(200):
+        text = typed.misspelled(ASKED, random.Random(seed))
+        longer = len(text) - len(ASKED)
+        places = [i for i, (a, b) in enumerate(zip(ASKED, text)) if a != b]
+        if longer == 0:
+            first, second = places
+            assert second == first + 1 and ASKED[first:second + 1] == text[first:second + 1][::-1]
+        else:
+            more, less = sorted((ASKED, text), key=len, reverse=True)
+            assert abs(longer) == 1
+            assert any(more[:i] + more[i + 1:] == less for i in range(len(more)))
+        kinds[longer] += 1
+    assert set(kinds) == {-1, 0, 1}
+    assert typed.misspelled("3 ?", random.Random(0)) == "3 ?"
+
+
+def test_quotation_marks_go_and_apostrophes_stay():
+    found = {typed.requoted("Who is 'Emma's' author?", random.Random(seed)) for seed in range(20)}
+    assert found == {"Who is Emma's author?", "Who is \"Emma's\" author?"}
+    assert typed.requoted("What is France's capital?", random.Random(0)).count("'") == 1
+
+
+def test_nonsense_has_no_subject_and_a_made_up_one_is_new(corpus):
+    rng = random.Random(0)
+    subjects = {row.subject for row in corpus.qa if row.phrasing != "made_up"}
+    for row in corpus.qa[::50]:
+        if row.split != "NEVER":
+            assert typed.nonsense(row.question, typed.as_written(row.subject, row.question), rng)
+            assert typed.made_up(row.subject, rng.choice(corpus.qa).subject, rng) not in subjects
+    text = typed.nonsense("Gold has which symbol?", "Gold", random.Random(3))
+    assert "gold" not in text.lower()
+    named = {row.subject for row in corpus.qa if row.phrasing == "made_up"}
+    assert len(named) > 300 and not named & subjects
+
+
+@pytest.mark.parametrize("asked, subjects", [
+    (["What is the colour of moss?", "What is the colour of snow?"], ["moss", "snow"]),
+    (["Golf?", "Who makes the Clio?"], ["Golf", "makes"]), (["???"], ["???"])])
+def test_the_subject_of_an_own_question_is_its_rarest_word(asked, subjects):
+    assert typed.subjects_of(asked) == subjects
+
+
+# -- noise of the test -----------------------------------------------------------------------------
+
+def test_a_neighbour_typo_is_one_letter_and_the_key_beside_it(corpus):
+    """And always the same one: the test does not change from run to run."""
+    keyboard = "qwertyuiop asdfghjkl zxcvbnm"
+    for row in [row for row in corpus.qa if row.phrasing == "heldout"][::7]:
+        text = typed.neighbour_typo(row.question)
+        (right, wrong), = [pair for pair in zip(row.question, text) if pair[0] != pair[1]]
+        assert len(text) == len(row.question) and text == typed.neighbour_typo(row.question)
+        assert abs(keyboard.index(right.lower()) - keyboard.index(wrong.lower())) == 1
+        assert right.isupper() == wrong.isupper()
+
+
+def called(*functions):
+    """The functions of data/typed.py that these call: names."""
+    found = set()
+
+    def watch(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename == typed.__file__:
+            found.add(frame.f_code.co_name)
+    sys.setprofile(watch)
+    try:
+        for function in functions:
+            function()
+    finally:
+        sys.setprofile(None)
+    return {name for name in found if not name.startswith("<")}
+
+
+def test_training_and_test_share_no_function_and_no_typo():
+    """A figure on the test must not be about one function that was trained on."""
+    def train_noise():
+        for seed in range(200):
+            typed.as_typed(ASKED, "France", random.Random(seed))
+
+    def test_noise():
+        for noise in typed.TESTS.values():
+            noise(ASKED)
+    trained, tested = called(train_noise), called(test_noise)
+    assert {"as_typed", "clipped", "requoted", "misspelled"} <= trained
+    assert tested == {"neighbour_typo"} and not trained & tested
+    # a neighbouring key changes one letter; no misspelling of phase 2 does just this
+    for seed in range(500):
+        text = typed.misspelled(ASKED, random.Random(seed))
+        assert len(text) != len(ASKED) or sum(a != b for a, b in zip(text, ASKED)) != 1
+
+
+def same_words(template):
+    """A template without case, marks and quotes."""
+    return " ".join(re.sub(r"[^\w{}]", " ", template.casefold()).split())
+
+
+def test_natural_questions_are_six_a_relation_and_of_no_template():
+    """Not even up to case, marks and quotes: then they would test nothing new."""
+    natural = prepare.read_tsv("natural.tsv")
+    counts = collections.Counter(relation for relation, _ in natural)
+    assert set(counts) == {relation for _, relation, _ in prepare.read_tsv("facts.tsv")}
+    assert min(counts.values()) >= 6
+    assert all(template.count("{s}") == 1 for _, template in natural)
+    asked = {same_words(template) for _, kind, template in prepare.read_tsv("templates.tsv")
+             if kind != "statement"}
+    found = [same_words(template) for _, template in natural]
+    assert not set(found) & asked
+    by_relation = {(relation, same_words(template)) for relation, template in natural}
+    assert len(by_relation) == len(natural)
+
+
+# -- what is drawn ---------------------------------------------------------------------------------
+
+def test_drawing_is_a_function_of_the_seed(questions):
+    """Whatever was drawn before: a resumed run draws the same."""
+    asked = questions.where("DEC", "LAT", phrasing="trained")
+    draw = questions.drawing(asked, 64, noise=0.5, unknown=0.2)
+    batches = []
+    for seed in (3, 4, 3):
+        torch.manual_seed(seed)
+        batches.append(draw())
+    assert all(torch.equal(one, other) for one, other in zip(batches[0], batches[2]))
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
+def test_without_noise_a_batch_is_the_questions_themselves(questions):
+    asked = questions.where("LAT", phrasing="trained")
+    torch.manual_seed(0)
+    which, tokens = questions.drawing(asked, 50)()
+    expected = questions.tokens[asked[which]]
+    assert torch.equal(tokens, expected[:, :tokens.size(1)])
+    assert (expected[:, tokens.size(1):] == questions.tokenizer.pad).all()
+    assert (tokens != questions.tokenizer.pad).any(0).all()         # it ends with its longest row
+
+
+def test_noise_keeps_the_number_of_the_question_and_has_its_share(questions):
+    asked = questions.where("DEC", phrasing="trained")
+    for share in (0.5, 1.0):
+        which, texts = drawn(questions, asked, n=1000, noise=share)
+        rows = [questions.rows[asked[i]] for i in which.tolist()]
+        changed = [text != typed.plain(row.question) for text, row in zip(texts, rows)]
+        # as_typed leaves .75 * .5^3 * .4 = .04 as they are, and those in lower case more
+        assert 0.85 * share < sum(changed) / len(changed) < 1.02 * share
+
+
+def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions, monkeypatch):
+    """Also where the subject begins the question, and has a capital letter there: a known
+    question that is taught as unknown would be unlearned."""
+    names, real = [], typed.made_up
+
+    def made_up(*args):
+        names.append(real(*args))
+        return names[-1]
+    monkeypatch.setattr(data, "made_up", made_up)
+    rows = questions.rows
+    known = {typed.plain(row.question) for row in rows}
+    subjects = {row.subject.casefold() for row in rows}
+    every = questions.where("DEC", "LAT", phrasing="trained")
+    capital = [i for i in every.tolist() if rows[i].subject not in rows[i].question]
+    assert len(capital) > 50
+    for asked in (every, torch.tensor(capital)):
+        names.clear()
+        which, texts = drawn(questions, asked, n=300, unknown=1.0)
+        assert (which == len(asked)).all() and len(names) == 300
+        assert not {name.casefold() for name in names} & subjects
+        assert not set(texts) & known
+        inside = sum(typed.plain(name) in text for name, text in zip(names, texts))
+        assert 0.6 < inside / 300 < 0.8             # the others are nonsense
+    # now each question began with its subject: nonsense has none left
+    whole = [re.compile(rf"\b{re.escape(rows[i].subject)}\b", re.IGNORECASE) for i in capital]
+    nonsense = [text for text, name in zip(texts, names) if typed.plain(name) not in text]
+    assert not [text for text in nonsense if any(subject.search(text) for subject in whole)]
+    share = (drawn(questions, every, n=2000, unknown=0.1)[0] == len(every)).float().mean()
+    assert 0.07 < share < 0.13
+
+
+def test_a_pair_of_ones_own_has_a_typed_copy_and_a_made_up_one(tmp_path):
+    """They are asked to set the threshold; the pair alone is taught."""
+    write_corpus(tmp_path)
+    tokenizer = data.Tokenizer(data.train_bpe((tmp_path / "text.txt").read_text(), 396))
+    rows = data.read_qa(tmp_path / "qa.tsv", tokenizer, 32, 8)
+    by = collections.defaultdict(list)
+    for row in rows:
+        by[row.phrasing].append(row)
+    assert [(row.question, row.answer) for row in by["trained"]] == PAIRS
+    assert {row.phrasing for row in rows} == {"trained", "typed", "made_up"}
+    answer_of = {row.subject: row.answer for row in by["trained"]}
+    assert len(answer_of) == len(PAIRS)
+    assert all(row.split == "DEC" and row.answer == answer_of[row.subject] for row in by["typed"])
+    for row in by["made_up"]:
+        assert row.split == "NEVER" and row.subject in row.question
+        assert row.subject not in answer_of
+    longest = max(len(tokenizer.encode(" " + question)) for question, _ in PAIRS)
+    rows = data.read_qa(tmp_path / "qa.tsv", tokenizer, longest, 8)
+    assert all(len(tokenizer.encode(" " + typed.plain(row.question))) <= longest for row in rows)
+
+
+# -- what each phase may read ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(corpus):
+    """A run on the facts, to which one fact was added."""
+    cfg = train.Config(n_embd=16, n_head=1, n_layer=1, top_k=1, pred_embd=16, pred_layer=1,
+                       dec_layer=1, device="cpu", dtype="fp32")
+    rows = data.add_pairs(corpus.qa, [("What is the capital of Lorvania?", "Lima")], data.QA)
+    questions = data.Questions(rows, corpus.tokenizer, 64, 24, "cpu")
+    concepts = torch.zeros(len(questions.answers), 16)
+    model = train.build(cfg, corpus.tokenizer)
+    return train.Run(cfg, model, corpus, "cpu", None, questions, concepts)
+
+
+@pytest.mark.parametrize("phase", ["distill", "speak", "teach"])
+def test_a_phase_trains_on_trained_wordings_and_is_measured_on_all_at_its_end_only(
+        run, phase, monkeypatch):
+    """Between, wordings that were not trained and what sets the threshold are read; what people
+    write, the typos of the test and nonsense are read once, by the final evaluation."""
+    taught, measured = [], []
+    drawing = data.Questions.drawing
+
+    def watched(questions, asked, *how):
+        taught.extend(questions.rows[i].phrasing for i in asked.tolist())
+        return drawing(questions, asked, *how)
+
+    def figure(run, questions, *rest):
+        measured.append({row.phrasing for row in questions.rows})
+        return {}
+
+    def think_all(run, tokens):
+        return train.tjepa.Thought(*torch.zeros(3, len(tokens), 16))
+    monkeypatch.setattr(data.Questions, "drawing", watched)
+    monkeypatch.setattr(evaluate, "think_all", think_all)
+    monkeypatch.setattr(evaluate, "recall", figure)
+    monkeypatch.setattr(evaluate, "exact_match", figure)
+    loss_at, measure = train.PHASE_OF[phase](run)
+    if phase == "speak":
+        lessons = train.make_lessons(run)
+        asked = run.questions.where("DEC", phrasing="trained")
+        assert lessons.n_questions == len(asked)
+    else:
+        assert set(taught) == {"trained"}
+    measure(False)
+    measure(True)
+    n = len(measured) // 2
+    assert measured[:n] == [BETWEEN] * n
+    assert measured[n:] == [{"trained"} | BETWEEN | AT_THE_END] * n
