@@ -72,29 +72,30 @@ class Config(tjepa.Config):
     rounds: int = 1             # equal parts of phase 2; each begins with a fresh optimizer
     seed: int = 0               # weights, batches and masks follow from it; the text does not
     device: str = "auto"        # auto | cuda | mps | cpu
+    threads: int = 0            # of a CPU; 0: what is faster in a short trial, and the same on --resume
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
     compile: bool = False       # torch.compile of phase 1: a long start, then faster on a GPU
     resume: bool = False        # continue --out; on a CPU bit-identical to one uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1
     masks: int = 1              # span masks drawn for each row; time and memory grow with it
-    qa_batch_size: int = 128    # questions a step in phases 2 and 3
+    qa_batch_size: int = 64     # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, to save memory
     pretrain_steps: int = 700   # steps of phase 1; 0 = the control with a random encoder
-    distill_steps: int = 400    # steps of phase 2; 0 = the control that is taught nothing
-    speak_steps: int = 300      # steps of phase 3
+    distill_steps: int = 800    # steps of phase 2; 0 = the control that is taught nothing
+    speak_steps: int = 1000     # steps of phase 3
     teach_steps: int = 200      # steps of --phase=teach
     pretrain_lr: float = 1e-3   # peak learning rate of phase 1
-    distill_lr: float = 2e-3    # peak learning rate of phase 2; if too high, the text is forgotten
-    speak_lr: float = 1.5e-3    # peak learning rate of phase 3
+    distill_lr: float = 1e-3    # peak learning rate of phase 2; if too high, the text is forgotten
+    speak_lr: float = 1e-3      # peak learning rate of phase 3
     teach_lr: float = 5e-4      # peak learning rate of --phase=teach
     warmup: float = 0.05        # share of the steps in which the learning rate rises
     weight_decay: float = 0.05  # on matrices; not on norms, biases, embeddings, mask token
     clip: float = 1.0           # largest norm of the gradient
     alpha_start: float = 0.5    # weight of the latent loss in phase 3, falls to 0; v2.0: 0
     question_noise: float = 0.5 # share of phase 2's questions written as people type
-    made_up: float = 0.1        # share of phase 2's questions about made-up subjects: thought 0
+    made_up: float = 0.2        # share of phase 2's questions about made-up subjects: thought 0
     echo: float = 0.75          # share of phase 3's rows that are answer latent -> answer
-    eval_every: int = 200       # steps between evaluations, checkpoints and redrawn curves
+    eval_every: int = 400       # steps between evaluations, checkpoints and redrawn curves
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,6 +116,7 @@ class Config(tjepa.Config):
             ("device", *tjepa.one_of("auto", "cuda", "mps", "cpu")),
             ("dtype", *tjepa.one_of("auto", "fp32", "bf16")),
             ("batch_size qa_batch_size masks accum", *tjepa.within(1, 1_000_000)),
+            ("threads", *tjepa.within(0, 1024)),
             ("accum", lambda v: all(n % v == 0 for n in batches), "a divisor of both batch sizes"),
             (f"{steps} seed", *tjepa.within(0, 10 ** 9)),
             ("eval_every rounds", *tjepa.within(1, 10 ** 9)),
@@ -133,7 +135,7 @@ PRESETS = dict(
     minute=dict(n_layer=2, top_k=2, n_head=2, n_embd=64, pred_layer=1, pred_embd=64, dec_layer=2,
                 batch_size=32, pretrain_steps=200, distill_steps=250, speak_steps=200,
                 pretrain_lr=3e-3, distill_lr=2e-3, speak_lr=3e-3),
-    laptop=dict(facts="all", vocab_size=4096, eval_every=800, pretrain_lr=2e-3, distill_lr=1e-3,
+    laptop=dict(facts="all", vocab_size=4096, eval_every=800, pretrain_lr=2e-3, qa_batch_size=128,
                 pretrain_steps=2000, distill_steps=4800, speak_steps=3200),
     gpu=dict(facts="all", vocab_size=4096, eval_every=500,
              n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256, qa_batch_size=512,
@@ -232,6 +234,30 @@ def pick_device(cfg):
     if cfg.compile and sys.platform == "darwin":
         raise ValueError("--compile: torch.compile gives wrong results on macOS; leave it out")
     return device, torch.bfloat16 if bf16 else None
+
+def pick_threads(cfg):
+    """How many threads a CPU computes with; prints it. A trial decides where --threads does not.
+
+    On a busy machine two threads wait for each other, and one is several times faster.
+    """
+    threads, why, most = cfg.threads, "as asked, or as before", torch.get_num_threads()
+    if not threads and most == 1:
+        threads, why = 1, "no more are there, or OMP_NUM_THREADS says so"
+    if not threads:
+        block = tjepa.Block(cfg.n_embd, cfg.n_head)
+        rope = tjepa.rotary(cfg.block_size, cfg.n_embd // cfg.n_head)
+        took = {}
+        for threads in (most, 1) * 3:
+            torch.set_num_threads(threads)
+            started = time.perf_counter()
+            block(torch.zeros(cfg.batch_size, cfg.block_size, cfg.n_embd), rope).sum().backward()
+            seconds = time.perf_counter() - started
+            took[threads] = min(seconds, took.get(threads, seconds))
+        threads = min(took, key=took.get)
+        why = f"in a trial {most} took {took[most] / took[1]:.2f} of the time of 1"
+    torch.set_num_threads(threads)
+    print(f"CPU threads: {threads} ({why})")
+    return threads
 
 def memory_of(device):
     """Bytes of memory of the device; inf where that is not known."""
@@ -1121,6 +1147,8 @@ def open_run(cfg, corpus, model):
         left = phases[phases.index(checkpoint["phase"]):]
     source = open_source(cfg, phases)
     device, dtype = pick_device(cfg)
+    if device == "cpu":
+        cfg = dataclasses.replace(cfg, threads=pick_threads(cfg))
     corpus = corpus or open_corpus(cfg, checkpoint or source)
     if checkpoint and checkpoint["corpus"] != corpus.fingerprint:
         raise ValueError(f"--data={cfg.data} is not the text that the run in --out={cfg.out} has "

@@ -391,8 +391,9 @@ class Questions:
                 ids = tokens[number]
                 if question != row.question:
                     ids = encode(" " + plain(question))[:self.block_size]
-                batch.append(torch.tensor(ids))
-            batch = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=pad)
+                batch.append(ids)
+            longest = max(map(len, batch))
+            batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in batch])
             device = self.tokens.device
             return which.to(device, non_blocking=True), batch.to(device, non_blocking=True)
         return draw
