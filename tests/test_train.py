@@ -1,6 +1,7 @@
 """Training as a whole: runs of seconds through all phases, resuming, recipes, teachers."""
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -635,3 +636,29 @@ def test_help_lists_every_flag_with_its_reason(capsys):
     for field in dataclasses.fields(train.Config):
         reason = "".join(reasons[field.name].split())
         assert f"--{field.name}" in text and reason and reason in text
+
+
+# -- threads ---------------------------------------------------------------------------------------
+def test_a_short_trial_chooses_the_threads_and_says_so(monkeypatch, capsys):
+    """Two threads on a busy machine take longer than one: the clock of the trial decides."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    for slow, best in ((2, 1), (1, 2)):
+        ticks = itertools.count()
+
+        def now():
+            """A clock: from one reading to the next 5 seconds with the slow number, else 1."""
+            return next(ticks) * (5.0 if used[-1] == slow else 1.0)
+        monkeypatch.setattr(train.time, "perf_counter", now)
+        assert train.pick_threads(train.Config(n_embd=32, pred_embd=32, batch_size=2)) == best
+        assert used[-1] == best
+        assert f"CPU threads: {best} (in a trial 2 took" in capsys.readouterr().out
+
+
+def test_threads_that_are_asked_for_need_no_trial(monkeypatch, capsys):
+    """A resumed run takes those of its checkpoint: others would round differently."""
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert train.pick_threads(train.Config(threads=3)) == 3 and used == [3]
+    assert "CPU threads: 3 (as asked, or as before)" in capsys.readouterr().out
