@@ -131,9 +131,9 @@ def cloze(run, relation):
 # -- phase 2: the thought --------------------------------------------------------------------------
 @torch.no_grad()
 def think_all(run, tokens, size=1024):
-    """The thoughts of n questions (n, T), `size` of similar length at a time: a `Thought` of n rows.
+    """The thoughts of n questions (n, T): a `Thought` of n rows.
 
-    Token latents are kept only where the decoder reads them (memory=tokens): they are large.
+    `size` questions of similar length are asked at a time. Token latents are kept only where the decoder reads them (memory=tokens): they are large.
     """
     lengths = (tokens != run.model.cfg.pad).sum(1)
     order = lengths.argsort(stable=True)

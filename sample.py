@@ -224,8 +224,8 @@ def embed(session):
     buffer = io.BytesIO()
     np.save(buffer, vectors.float().cpu().numpy())
     write_safely(path, buffer.getvalue())
-    print(f"{printable(path, None)}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), one for each line "
-          "that is not blank\n"
+    print(f"{printable(path, None)}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), "
+          "one for each line that is not blank\n"
           "encoder: the target encoder, which reads the whole sentence\n"
           f"pooling: mean over the tokens of the mean of the last top_k={run.cfg.top_k} of "
           f"{run.cfg.n_layer} layers, each layer-normed")

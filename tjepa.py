@@ -719,8 +719,9 @@ class TJEPA(nn.Module):
         variance, axes = torch.linalg.eigh(centred.T @ centred / len(latents))
         variance = variance.clamp(min=0) + 0.01 * variance.mean() + 1e-12
         scale = axes * variance ** -0.25 @ axes.T                       # (D, D)
-        size = (centred @ scale).square().mean().sqrt().clamp(min=1e-6)
-        self.answer_scale.copy_(scale / size)
+        size = (centred @ scale).square().mean().sqrt()
+        if size > 1e-6:                                 # a single answer has no spread
+            self.answer_scale.copy_(scale / size)
         return self.standardise(latents)
 
     def standardise(self, latents):

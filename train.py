@@ -72,7 +72,7 @@ class Config(tjepa.Config):
     rounds: int = 1             # equal parts of phase 2; each begins with a fresh optimizer
     seed: int = 0               # weights, batches and masks follow from it; the text does not
     device: str = "auto"        # auto | cuda | mps | cpu
-    threads: int = 0            # of a CPU; 0: what is faster in a short trial, and the same on --resume
+    threads: int = 0            # of a CPU; 0: the faster number in a short trial
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
     compile: bool = False       # torch.compile of phase 1: a long start, then faster on a GPU
     resume: bool = False        # continue --out; on a CPU bit-identical to one uninterrupted run
@@ -1017,8 +1017,8 @@ def check_phase_before(cfg, phases, checkpoint):
     if (EVERY.index(phase), ended) >= (before, True):
         return
     command = f"`python train.py --resume --out={out}`"
-    if phase != EVERY[before]:
-        command = f"--phase={EVERY[before]}"
+    if ended:
+        command = f"--phase={EVERY[EVERY.index(phase) + 1]}"
     raise ValueError(f"--phase={phases[0]} needs the phase before it, and --out={out} holds "
                      f"{phase} up to step {step} of {steps}: run {command} first")
 

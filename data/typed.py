@@ -17,8 +17,8 @@ import unicodedata
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 # words at the beginning of a question that may be left out
-LITTLE = set("a any by can could do give i idea in is know me my name of on please tell the to want "
-             "what what's which who who's whose you".split())
+LITTLE = set("a any by can could do give i idea in is know me my name of on please tell the to "
+             "want what what's which who who's whose you".split())
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 def plain(question):
@@ -77,7 +77,7 @@ def misspelled(text, rng):
     return text[:i] + middle + text[i + 2:]
 
 def nonsense(question, subject, rng):
-    """Some words of a question in another order, without its subject, and words of random letters."""
+    """Some words of a question, without its subject, in another order; and random letters."""
     words = question.replace(subject, "").split()
     words = rng.sample(words, rng.randrange(len(words) + 1))
     for _ in range(rng.randrange(0 if words else 1, 4)):

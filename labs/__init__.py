@@ -1,1 +1,1 @@
-"""Experiments on the model: one file a question, each runnable by itself with python -m labs.NAME."""
+"""Experiments on the model: one file a question, run by python -m labs.NAME."""

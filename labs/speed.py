@@ -75,7 +75,8 @@ class LaunchCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
-        if not self.drawing and namespace == "aten" and not func.is_view and not name.startswith(self.SILENT):
+        silent = self.drawing or func.is_view or name.startswith(self.SILENT)
+        if namespace == "aten" and not silent:
             self.launches += 1
         return func(*args, **(kwargs or {}))
 

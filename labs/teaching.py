@@ -71,8 +71,12 @@ def asked_about(facts):
             wordings.setdefault(relation, []).append(template)
     for relation, template in prepare.read_tsv("natural.tsv"):
         wordings.setdefault(relation, []).append(template)
-    return [data.QA("NEW", "heldout", relation, subject, prepare.sentence(template, subject), answer)
-            for relation, subject, _, answer in facts for template in wordings[relation]]
+    rows = []
+    for relation, subject, _, answer in facts:
+        for template in wordings[relation]:
+            question = prepare.sentence(template, subject)
+            rows.append(data.QA("NEW", "heldout", relation, subject, question, answer))
+    return rows
 
 def questions_of(run, rows):
     """Rows as `data.Questions` of a run."""
