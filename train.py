@@ -312,7 +312,7 @@ def save_checkpoint(out, checkpoint, keep_previous=False):
 def write_config(out, config):
     """Write out/config.json: the config of ckpt.pt, and which program wrote it, where and when."""
     made = dict(commit=report.program_version(), torch=torch.__version__,
-                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     write_safely(Path(out) / "config.json", json.dumps(config | made, indent=1).encode())
 
 def seal(content):
@@ -606,8 +606,8 @@ INTERRUPTS = Interrupts()
 # what the progress bar shows: of each line the first figure that was measured
 IN_BAR = (
     ("loss",), ("val_r2",), ("rank",), ("health",),
-    ("r1_LAT_heldout", "r1_DEC_heldout", "r1_DEC_typed", "r1_DEC"),
-    ("em_LAT_heldout", "em_DEC_heldout", "em_DEC_typed", "em_DEC"),
+    ("r1_LAT_heldout", "r1_DEC_heldout", "r1_DEC"),
+    ("em_LAT_heldout", "em_DEC_heldout", "em_DEC"),
 )
 
 def show(bar, rows, phase, **figures):
@@ -941,7 +941,12 @@ def answer_vectors(cfg, answers, tokenizer):
     return data.read_vectors(cfg.teacher, answers), None
 
 def set_answers(run, vectors):
-    """Standardised L_a of all answers (A, D), from vectors (A, D) or the own target encoder."""
+    """Standardised L_a of all answers (A, D), from vectors (A, D) or the own target encoder.
+
+    A run that is imitated has standardised its own.
+    """
+    if run.teacher is not None:
+        return vectors.to(run.device)
     if vectors is None:
         vectors = run.model.concept(run.questions.answer_tokens)
     return run.model.set_answers(vectors.to(run.device))

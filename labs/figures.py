@@ -65,6 +65,14 @@ SYSTEMS = {
 }
 COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}
 FLOOR = "commonest DEC answer"
+# how a question is typed -> its phrasing in the results
+WORDINGS = {
+    "in a held-out wording": "heldout",
+    "as people write": "natural",
+    "in lower case": "lower",
+    "without question mark": "no_mark",
+    "with one typo": "typo",
+}
 
 def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
@@ -94,7 +102,7 @@ def draw_bars(rows):
     figure.savefig(ASSETS / "facts.png", dpi=110, metadata={"Software": None})
 
 def write_table(rows):
-    """The table of README.md, from the same rows."""
+    """The two tables of README.md, from the same rows."""
     lines = [["system, 3 seeds", *COLUMNS]]
     for arm, (name, _) in SYSTEMS.items():
         lines.append([name, *(cell(over_seeds(rows, arm, column)) for column in COLUMNS.values())])
@@ -105,6 +113,17 @@ def write_table(rows):
               f"[facts.csv](labs/results/facts.csv); measured at {', '.join(commits)} on "
               f"{' and '.join(devices)}.</sub>")
     write_block("results", f"{markdown(lines)}\n\n{source}")
+
+    lines = [["the question is typed", "DEC", "LAT", "DEC, by the GPT"]]
+    for wording, phrasing in WORDINGS.items():
+        wanted = (("default", f"sure_DEC_{phrasing}"), ("default", f"sure_LAT_{phrasing}"),
+                  ("GPT", f"em_DEC_{phrasing}"))
+        lines.append([wording, *(cell(over_seeds(rows, *one)) for one in wanted)])
+    refused = [cell(over_seeds(rows, "default", name))
+               for name in ("abstain", "abstain_typing", "abstain_nonsense")]
+    note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; typed with the same "
+            f"noise: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
+    write_block("typed", f"{markdown(lines)}\n\n{note}")
 
 # -- transcripts and thumbnails --------------------------------------------------------------------
 ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",

@@ -128,7 +128,7 @@ def measured(tmp_path_factory):
 
 def test_a_masked_lm_finds_the_symbols_above_the_tokens(measured):
     """The lab can show learning."""
-    assert measured["masked LM"]["level_1"] > measured["random"]["level_1"] + 0.1
+    assert measured["masked LM"]["level_1"] > measured["random"]["level_1"] + 0.07
 
 
 # -- from probes to P* -----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_a_run_writes_its_four_files_and_learns(world, draw):
     assert written["n_embd"] == FLAGS["n_embd"] and written["torch"] == torch.__version__
     assert written["threads"] == torch.get_num_threads() and len(written["commit"]) >= 7
     assert time.strptime(written["date"], "%Y-%m-%dT%H:%M:%S%z")
-    assert not {"torch", "threads", "commit", "date"} & train.load_checkpoint(out)["config"].keys()
+    assert not {"torch", "commit", "date"} & train.load_checkpoint(out)["config"].keys()
 
 
 def test_speech_needs_the_thought(world):
@@ -360,7 +360,7 @@ def test_few_layers_lower_top_k_by_themselves():
     assert train.resolve(dict(n_layer=2)).top_k == 2
     assert train.resolve(dict(n_layer=6)).top_k == train.Config.top_k
     assert train.resolve(dict(n_layer=2, recipe="paper")).top_k == 1
-    with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer = 2"):
+    with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer \\+ 1 = 3"):
         train.resolve(dict(n_layer=2, top_k=4))
 
 
@@ -555,8 +555,9 @@ def test_lat_and_txt_facts_are_kept_from_the_decoder(monkeypatch):
         loss_at(0.0)
     asked = questions.where("DEC", "LAT", phrasing="trained")
     goals = torch.cat((run.concepts[questions.answer_of[asked]], torch.zeros(1, cfg.n_embd)))
-    assert torch.cdist(torch.stack(latents), goals).amin(1).max() < 1e-3
-    assert 0.07 < sum(not latent.any() for latent in latents) / len(latents) < 0.13
+    exact = "donot_use_mm_for_euclid_dist"
+    assert torch.cdist(torch.stack(latents), goals, compute_mode=exact).amin(1).max() < 1e-3
+    assert 0.15 < sum(not latent.any() for latent in latents) / len(latents) < 0.25
 
 
 def test_splits_and_phrasings_are_disjoint():
