@@ -13,6 +13,7 @@ import torch
 import data
 import tjepa
 import train
+from data import checkpoints
 from tests.toy import COLOURS, FLAGS, as_argv, config, random_vectors, weights
 
 SHORT = dict(phase="pretrain", pretrain_steps=2)
@@ -344,7 +345,7 @@ def test_the_files_of_another_program_are_not_overwritten(base, refused, tmp_pat
 def test_two_processes_cannot_train_in_one_folder(world, copy, refused):
     """The second would write over the checkpoint of the first."""
     (copy / "lock.pid").write_text("4711")
-    with train.locked(copy):
+    with checkpoints.locked(copy):
         assert "in use by process 4711" in refused("--resume", f"--out={copy}")
 
 
