@@ -133,7 +133,8 @@ def cloze(run, relation):
 def think_all(run, tokens, size=1024):
     """The thoughts of n questions (n, T): a `Thought` of n rows.
 
-    `size` questions of similar length are asked at a time. Token latents are kept only where the decoder reads them (memory=tokens): they are large.
+    `size` questions of similar length are asked at a time. Token latents are kept only where the
+    decoder reads them (memory=tokens): they are large.
     """
     lengths = (tokens != run.model.cfg.pad).sum(1)
     order = lengths.argsort(stable=True)

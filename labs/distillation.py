@@ -74,8 +74,8 @@ def text_of(teacher):
     return arm_of("medium", route="text answers speak", text="tokens+pooled", versus=teacher)
 
 TEACHERS = {
-    "large T-JEPA": arm_of("large", distill_steps=train.Config.distill_steps),
-    "large masked LM": arm_of("large", distill_steps=train.Config.distill_steps, **MASKED_LM),
+    "large T-JEPA": arm_of("large", distill_steps=Arm.distill_steps),
+    "large masked LM": arm_of("large", distill_steps=Arm.distill_steps, **MASKED_LM),
     "large untrained": arm_of("large", pretrain_steps=0, distill_steps=0, route="read answers"),
     "large GPT": arm_of("large", route="lm"),
 }
@@ -96,9 +96,9 @@ STUDENTS = {
     "medium text of GPT": text_of("large GPT"),
     "medium text of untrained": text_of("large untrained"),
     "medium from scratch equal compute": arm_of(
-        "medium", 2740, batch_size=2 * 48, qa_batch_size=2 * train.Config.qa_batch_size),
+        "medium", 2740, batch_size=2 * 48, qa_batch_size=2 * Arm.qa_batch_size),
     "small from scratch equal compute": arm_of(
-        "small", 3840, batch_size=8 * 48, qa_batch_size=8 * train.Config.qa_batch_size),
+        "small", 3840, batch_size=8 * 48, qa_batch_size=8 * Arm.qa_batch_size),
 }
 LATER = {"small by way of medium": distilled("small", versus="medium distilled")}
 ARMS = TEACHERS | STUDENTS | LATER

@@ -34,7 +34,7 @@ import train
 from labs import controls, teachers
 from labs.arms import chosen, in_short, main, results, run_arms
 from labs.records import REPOSITORY
-from labs.runs import Arm, fit, open_run, plain, train_arm
+from labs.runs import NOW, Arm, fit, open_run, plain, train_arm
 from labs.tables import publish, tables
 
 TAUGHT = ("DEC", "LAT")     # the splits of the facts that phase 2 teaches
@@ -295,7 +295,14 @@ LEVERS = {
     "lever distill_lr=1e-3": lever(distill_lr=1e-3),
     "lever letters distill_steps=2100": lever(teacher="letters", distill_steps=2100),
 }
+
+def as_now(cfg):
+    """The arm with the settings of train.py, wherever it does not have one of its own."""
+    kept = {name: value for name, value in NOW.items() if getattr(cfg, name) == getattr(Arm, name)}
+    return dataclasses.replace(cfg, **kept)
+
 ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
+ARMS = {name: as_now(cfg) for name, cfg in ARMS.items()}
 FAST = ("recipe=latent", "masked LM", "teacher letters (300 wide)", "shuffled L_a", "both", "GPT",
         "LAT told as tokens", "GPT told LAT too", "commonest DEC answer", "A then B")
 

@@ -9,8 +9,25 @@ from labs import variants
 
 @dataclasses.dataclass
 class Arm(train.Config):
-    """An arm: the flags of train.py, and which variant of the model is trained."""
+    """An arm: the flags of train.py, and which variant of the model is trained.
+
+    Most arms were measured before phase 2 saw questions as people type them. They keep the
+    settings of that time, which stand here; an arm with `NOW` has those of train.py.
+    """
     variant: str = "TJEPA"  # a class of labs/variants.py, where only an experiment needs it
+    pred_layer: int = 2
+    question_drop: float = 0.2
+    question_noise: float = 0.0
+    made_up: float = 0.0
+    pretrain_steps: int = 800
+    distill_steps: int = 700
+    speak_steps: int = 500
+    distill_lr: float = 5e-4
+    qa_batch_size: int = 128
+    eval_every: int = 200
+
+NOW = {field.name: getattr(train.Config, field.name) for field in dataclasses.fields(train.Config)
+       if field.default != getattr(Arm, field.name)}
 
 def plain(cfg, **changes):
     """The train.Config in an arm's Config, with changes."""

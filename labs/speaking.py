@@ -276,7 +276,7 @@ def measure(cfg):
 
 # -- the arms --------------------------------------------------------------------------------------
 
-GENTLE = dict(speak_lr=train.Config.distill_lr)
+GENTLE = dict(speak_lr=Arm.distill_lr)
 ANNEALED = {"annealed": Config()}
 SCHEDULED = ANNEALED | {
     "alpha 0 (v2.0)": Config(alpha="constant", alpha_start=0.0),

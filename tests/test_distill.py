@@ -305,11 +305,11 @@ def steps_of(cfg):
 
 def test_students_read_as_many_texts_and_questions_unless_their_name_says_otherwise():
     for name, cfg in (lab.STUDENTS | lab.LATER).items():
-        assert (cfg.speak_steps, cfg.alpha_start) == (train.Config.speak_steps, 0.0), name
+        assert (cfg.speak_steps, cfg.alpha_start) == (lab.Arm.speak_steps, 0.0), name
         assert cfg.versus in lab.TEACHERS | lab.STUDENTS
         if "untrained" not in name.split()[1] and "equal" not in name:
             assert steps_of(cfg) == (lab.STEPS, lab.STEPS), name
-            assert (cfg.batch_size, cfg.qa_batch_size) == (48, train.Config.qa_batch_size), name
+            assert (cfg.batch_size, cfg.qa_batch_size) == (48, lab.Arm.qa_batch_size), name
 
 
 def test_equal_compute_takes_the_same_share_more_of_text_and_of_questions():
