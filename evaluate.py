@@ -7,6 +7,8 @@ What the figures mean: one definition each, in one place.
     std, rank, bound, cos, cos_centred, pos     the collapse panel: `tjepa.latent_health`
     health      its word: collapsed, shrinking, healthy; unlearned where val_r2 is not above 0
     cloze       share of held-out statements whose own answer has the lowest energy
+    word_...    the hidden word among the 100 commonest of one's own text: `hidden_words`
+    gap_...     spoken gaps of one's own text: `spoken_gaps`
     r1, mrr     recall at 1 (R@1) and mean reciprocal rank of the thought among the answers
                 of its relation
     em          exact match of greedy speech with the answer; over-generation counts as wrong

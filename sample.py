@@ -104,8 +104,9 @@ def require_gaps(session, flag):
     """ValueError where the run cannot say gaps of a text."""
     out = session.flags.out
     if session.checkpoint["answers"] is not None or session.run.cfg.data == "facts":
-        raise ValueError(f"--{flag}: the run in --out={out} answers questions; gaps are said by a "
-                         "run on your own text, `python train.py --data=my_book.txt --out=out/book`")
+        raise ValueError(f"--{flag}: the run in --out={out} answers questions; a run on "
+                         "your own text says gaps: `python train.py --data=my_book.txt "
+                         "--out=out/book`")
     if not says_gaps(session) or not session.checkpoint["step"]:
         raise ValueError(f"--{flag}: the run in --out={out} cannot speak yet: run `python train.py "
                          f'--phase=speak --out={out}` first; --inspect="a text with one [span] in '
@@ -388,7 +389,7 @@ def main(argv=None):
             return reply(session, given[asked[0]], f"--{asked[0]}")
         if not asked and says_gaps(session):
             require_gaps(session, "fill")
-            return converse(session, tell, "A text with a gap, [...], is filled, another one goes on")
+            return converse(session, tell, "A text with a gap, [...], is filled, another goes on")
         if re.search(r"[][]", given.get("inspect", "")):
             return inspect_gap(session, given["inspect"])
         require(session, "distill")

@@ -163,12 +163,17 @@ RECIPES = dict(
 FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer "
          "pred_embd mlm top_k target_norm").split()
 
-# settings of a text of one's own without questions, as labs/text.py found them on 1 MB of prose
-TEXT = dict(batch_size=24, pretrain_lr=2e-3, mask_ratio=0.3, max_span=4, target="token",
-            loss="infonce", sigreg=0.1, noise=0.1, echo=0.25)
+# Settings of a text of one's own without questions. Vocabulary, steps and rate for 1 MB are those
+# of one run (tiny Shakespeare, seed 0, 9.2 million tokens) that found the hidden word at hit@5 .35
+# by its token head and .12 by energy; word frequency alone has .23. Other sizes, noise and echo
+# were not tuned: predicted spans are inexact already, so they get less noise than answers.
+TEXT = dict(pretrain_lr=2e-3, noise=0.1, echo=0.25)
 # up to so many characters: tokens of the vocabulary, steps of phases 1 and 3
-TEXT_SIZES = ((200_000, 512, 1500, 600), (4_000_000, 1024, 3000, 1200),
-              (math.inf, 4096, 8000, 3000))
+TEXT_SIZES = (
+    (200_000, 512, 1500, 600),
+    (4_000_000, 1024, 3000, 1200),
+    (math.inf, 4096, 8000, 3000),
+)
 
 # -- from flags to a Config ------------------------------------------------------------------------
 

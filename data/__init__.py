@@ -49,8 +49,8 @@ class Text:
     """A stream of tokens, and the places where a row may start.
 
     Documents end in EOS and no row crosses an EOS; a .txt of your own is one document, unless it
-    has the line <|endoftext|> in it. A row starts at the beginning of a document, or, in documents longer than a row, wherever a full
-    row is left.
+    has <|endoftext|> in it. A row starts at the beginning of a document, or, in documents longer
+    than a row, wherever a full row is left.
     """
 
     def __init__(self, tokens, block_size, tokenizer, name):
@@ -288,7 +288,8 @@ def load_text(cfg, tokenizer):
 def load(cfg, tokenizer=None):
     """Read the corpus that cfg names: a `Corpus`.
 
-    cfg.data is "facts", or the path of a .txt or of a folder of them; cfg.qa is the path of a .tsv or .csv, or "".
+    cfg.data is "facts", or the path of a .txt or of a folder of them; cfg.qa is the path of a .tsv
+    or .csv, or "".
     tokenizer: the one of a checkpoint; without it, cfg.tokenizer says: bpe (trained on this
     corpus) or gpt2. ValueError, one line, if a file or a flag does not fit.
     """

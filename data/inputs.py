@@ -99,7 +99,7 @@ def clean(text):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, `clean`, or of the .txt files of a folder, in the order of their names.
+    """The text of a UTF-8 file, or of the .txt files of a folder by their names; `clean`.
 
     Files are divided by END_OF_TEXT. ValueError says what is wrong with which file, and where.
     """

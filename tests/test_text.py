@@ -57,7 +57,7 @@ def equal(a, b):
 def test_phases_one_by_one_are_the_whole_run(text, tmp_path, capsys):
     """And phase 2, which has nothing to teach, is skipped with a sentence."""
     train.run(short(text, tmp_path / "whole"))
-    assert "phase 2, which teaches answers to questions, has nothing to do" in capsys.readouterr().out
+    assert "phase 2, which teaches answers" in capsys.readouterr().out
     train.run(short(text, tmp_path / "parts", phase="pretrain"))
     train.main(["--phase=speak", f"--out={tmp_path / 'parts'}"])
     assert equal(tmp_path / "parts", tmp_path / "whole")
@@ -240,7 +240,8 @@ def test_settings_follow_from_the_size_of_the_text_and_flags_win(text, capsys):
     assert (cfg.vocab_size, cfg.pretrain_lr) == (train.TEXT_SIZES[0][1], 7e-4)
     assert "--vocab_size=512" in printed and "pretrain_lr" not in printed
     assert train.resolve(given | dict(recipe="latent")).pred_embd == train.LATENT["pred_embd"]
-    assert train.resolve(dict(data=text.cfg.data, qa="qa.tsv")).vocab_size == train.Config.vocab_size
+    with_questions = train.resolve(dict(data=text.cfg.data, qa="qa.tsv"))
+    assert with_questions.vocab_size == train.Config.vocab_size
     assert train.resolve({}) == train.Config()
 
 
