@@ -202,8 +202,6 @@ PANELS = (
     Panel("hit1 of spans, R@1 of thoughts", "share of spans, of questions", (
         Line("hit1", "hit1"),
         Line("hit1 by chance", "chance"),
-        Line("hidden word among the first 5", "word_prior_hit5"),
-        Line("... by its frequency alone", "word_unigram_hit5"),
         Line("R@1 DEC, training questions", "r1_DEC"),
         Line("R@1 DEC, held-out phrasing", "r1_DEC_heldout"),
         Line("R@1 LAT, held-out phrasing", "r1_LAT_heldout"),
@@ -214,8 +212,18 @@ PANELS = (
         Line("EM LAT, training questions", "em_LAT"),
         Line("EM LAT, held-out phrasing", "em_LAT_heldout"),
         Line("EM TXT, held-out phrasing", "em_TXT_heldout"),
-        Line("gaps of held-out text", "gap_em"),
-        Line("gaps, by the commonest span", "gap_em_common"),
+    ), y_range=(0, 1)),
+    Panel("own text: hidden word among the first 5", "share of held-out gaps", (
+        Line("by energy", "word_energy_hit5"),
+        Line("by energy and frequency", "word_prior_hit5"),
+        Line("by the masked-LM head", "word_head_hit5"),
+        Line("by frequency alone", "word_unigram_hit5"),
+    ), y_range=(0, 1)),
+    Panel("own text: spoken gaps", "exact match, share of held-out gaps", (
+        Line("from the predicted latent", "gap_em"),
+        Line("from the target latent", "gap_em_echo"),
+        Line("the commonest span each time", "gap_em_common"),
+        Line("memory shuffled", "gap_em_shuffled"),
     ), y_range=(0, 1)),
     Panel("effective rank of the latents", "dimensions", (
         Line("rank", "rank"),
