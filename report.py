@@ -45,7 +45,13 @@ class Log:
         for figure in ("r1", "mrr", "em", "sure")
         for split in evaluate.SPLITS
         for suffix in evaluate.PHRASINGS.values()
-    ] + "em_shuffled threshold abstain abstain_typing abstain_nonsense auroc".split()
+    ] + "em_shuffled threshold abstain abstain_typing abstain_nonsense auroc".split() + (
+        "word_choices word_energy_hit1 word_energy_hit5 word_energy_rank "
+        "word_prior_hit1 word_prior_hit5 word_prior_rank "
+        "word_head_hit1 word_head_hit5 word_head_rank "
+        "word_unigram_hit1 word_unigram_hit5 word_unigram_rank "
+        "gap_em gap_f1 gap_em_echo gap_em_shuffled gap_em_common"
+    ).split()
 
     def __init__(self, out, rows):
         self.path = Path(out) / "metrics.csv"
@@ -207,6 +213,18 @@ PANELS = (
         Line("EM LAT, held-out phrasing", "em_LAT_heldout"),
         Line("EM TXT, held-out phrasing", "em_TXT_heldout"),
     ), y_range=(0, 1)),
+    Panel("own text: hidden word among the first 5", "share of held-out gaps", (
+        Line("by energy", "word_energy_hit5"),
+        Line("by energy and frequency", "word_prior_hit5"),
+        Line("by the masked-LM head", "word_head_hit5"),
+        Line("by frequency alone", "word_unigram_hit5"),
+    ), y_range=(0, 1)),
+    Panel("own text: spoken gaps", "exact match, share of held-out gaps", (
+        Line("from the predicted latent", "gap_em"),
+        Line("from the target latent", "gap_em_echo"),
+        Line("the commonest span each time", "gap_em_common"),
+        Line("memory shuffled", "gap_em_shuffled"),
+    ), y_range=(0, 1)),
     Panel("effective rank of the latents", "dimensions", (
         Line("rank", "rank"),
         Line("bound", "bound"),
@@ -319,6 +337,7 @@ def summary(figures):
     lines = []
     if "val_r2" in figures:
         lines.append(pretrain_line(figures))
+    lines += word_lines(figures) + gap_lines(figures)
     for name, title in (("r1", "distill: R@1 of the thought"), ("em", "speak: exact match")):
         cells = split_cells(figures, name)
         asked = "trained / held-out phrasing"
@@ -377,6 +396,61 @@ def alarm(figures, cfg):
             f"(std {figures['std']:.3f} x rank {figures['rank']:.0f} / bound {figures['bound']}): "
             "different texts have nearly equal latents, and a low loss means nothing. "
             f"Likely at fault: {reason}")
+
+WORD_SCORES = {
+    "energy": "by energy",
+    "prior": "by energy and word frequency",
+    "head": "by the masked-LM head",
+    "unigram": "control: by word frequency alone",
+}
+
+def word_lines(figures):
+    """Hidden words of a text of one's own: a line for each way to choose among the candidates."""
+    if "word_choices" not in figures:
+        return []
+    n = int(figures["word_choices"])
+    lines = [f"  hidden word among the {n} commonest, held-out text: hit@1 / hit@5 / median rank "
+             f"(chance {1 / n:.2f} / {min(1, 5 / n):.2f} / {(n + 1) // 2})"]
+    for name, title in WORD_SCORES.items():
+        if f"word_{name}_hit1" in figures:
+            hit1, hit5, rank = (figures[f"word_{name}_{kind}"] for kind in ("hit1", "hit5", "rank"))
+            lines.append(f"    {title}: {hit1:.2f} / {hit5:.2f} / {rank:.0f}")
+    return [*lines, *advice(figures)]
+
+def advice(figures):
+    """What to do where spread latents know no words yet."""
+    # 256 gaps: two standard errors of hit@5 at chance
+    chance = min(1, 5 / figures["word_choices"])
+    error = (chance * (1 - chance) / 256) ** 0.5
+    if figures["word_energy_hit5"] <= chance + 2 * error:
+        return ["  latents spread, nothing learned yet: more steps (--pretrain_steps)"]
+    return []
+
+def gap_lines(figures):
+    """Spoken gaps of a text of one's own."""
+    if "gap_em" not in figures:
+        return []
+    return [f"speak: gaps of 1 to 3 tokens in held-out text: exact match {figures['gap_em']:.3f}, "
+            f"token F1 {figures['gap_f1']:.3f}",
+            f"  the commonest span each time: {figures['gap_em_common']:.3f}; with the memory "
+            f"shuffled: {figures['gap_em_shuffled']:.3f}; from the target latents: "
+            f"{figures['gap_em_echo']:.3f}"]
+
+def gaps_aloud(run, n=3):
+    """Gaps of held-out text, hidden and said: lines to print."""
+    torch.manual_seed(0)
+    gaps = evaluate.draw_gaps(run, run.corpus.val, 4 * n, longest=3, alone=True)
+    said = evaluate.say(run, tjepa.thought_of(gaps.predicted))
+    decode = run.corpus.tokenizer.decode
+    lines = []
+    for i in range(min(n, len(said))):
+        row, begin = gaps.text[i].tolist(), gaps.begin[i].item()
+        words = decode(gaps.words[i].tolist())
+        end = begin + (gaps.words[i] < run.model.cfg.pad).sum().item()
+        before, after = decode(row[max(0, begin - 12):begin]), decode(row[end:end + 12])
+        lines += [f"  > {printable(f'...{before} [...]{after} ...', None)}",
+                  f"  {printable(said[i], None)}   (hidden: {printable(words.strip(), None)})"]
+    return lines
 
 def split_cells(figures, name):
     """'DEC 0.996 / 0.936' for each split: trained / held-out phrasing."""

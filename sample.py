@@ -7,8 +7,11 @@ Think, then speak: ask a run that train.py has made. Nothing is learned here.
     python sample.py --inspect="What is the capital of France?"     concepts nearest to the thought
     python sample.py --embed=sentences.txt                          their vectors: sentences.npy
     python sample.py --list                                         what may be asked
+    python sample.py --fill="My lord, the [...] is dead."           own text: what fits the gap
+    python sample.py --go_on="What is thy"                          own text: thinks, says, repeats
 
-A gap can be inspected after phase 1, a thought after phase 2; speech needs all three phases.
+A gap can be inspected after phase 1, a thought after phase 2; speech needs phase 3. A run on your
+own text without questions fills gaps and goes on; a run with questions answers.
 """
 import codecs
 import dataclasses
@@ -40,25 +43,28 @@ class Flags:
     embed: str = ""             # a .txt with a sentence a line: writes a vector for each of them
     save: str = ""              # where --embed writes; without it, beside the text, as .npy
     list: bool = False          # print what may be asked, by relation and split
+    fill: str = ""              # a text with one gap, [...]: says what fits, after --data=FILE
+    go_on: str = ""             # a text to be continued, after --data=FILE
+    length: int = 60            # tokens that --go_on adds
     temperature: float = 0.0    # 0: the likeliest token each time; 1: as learned; above: bolder
     top_k: int = 0              # sample from so many of the likeliest tokens; 0 = all
     top_p: float = 1.0          # sample from the likeliest tokens that hold this probability
     seed: int = 0               # of the sampling, set before each answer: each is repeatable
     device: str = "auto"        # auto | cuda | mps | cpu
     always_answer: bool = False  # speak even if no known concept is within the threshold
-    n: int = 5                  # how many concepts --inspect shows
+    n: int = 5                  # concepts that --inspect shows; fillings drawn by --temperature
 
     def __post_init__(self):
         tjepa.check(self, (
             ("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0, or 0.001 or more"),
             ("top_k", lambda v: v >= 0, "0 (all) or above"),
-            ("n", lambda v: v >= 1, "1 or more"),
+            ("n length", lambda v: v >= 1, "1 or more"),
             ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
         ))
 
 # the actions of which one can be asked for
-ACTIONS = ("prompt", "inspect", "embed", "list")
+ACTIONS = ("prompt", "inspect", "embed", "list", "fill", "go_on")
 
 class Session(NamedTuple):
     """A run that has been opened to be asked."""
@@ -88,6 +94,23 @@ def require(session, phase):
         raise ValueError(
             f"the run in --out={out} {lacks} yet: run `python train.py --phase={phase} "
             f'--out={out}` first; --inspect="{works}" works already')
+
+def says_gaps(session):
+    """Has phase 3 of this run learned to say gaps of a text, and no answers?"""
+    checkpoint = session.checkpoint
+    return checkpoint["phase"] == "speak" and checkpoint["answers"] is None
+
+def require_gaps(session, flag):
+    """ValueError where the run cannot say gaps of a text."""
+    out = session.flags.out
+    if session.checkpoint["answers"] is not None or session.run.cfg.data == "facts":
+        raise ValueError(f"--{flag}: the run in --out={out} answers questions; a run on "
+                         "your own text says gaps: `python train.py --data=my_book.txt "
+                         "--out=out/book`")
+    if not says_gaps(session) or not session.checkpoint["step"]:
+        raise ValueError(f"--{flag}: the run in --out={out} cannot speak yet: run `python train.py "
+                         f'--phase=speak --out={out}` first; --inspect="a text with one [span] in '
+                         'brackets" works already')
 
 def think(session, question, source):
     """`Thought` (1 row) of a question, and its distance to each concept, (A,).
@@ -140,13 +163,16 @@ def answer(session, question, source):
             print(printable(piece, None), end="", flush=True)
     print(f"   {found})")
 
-def converse(session):
-    """Question after question. One that cannot be asked is no reason to stop."""
-    print("Ask a question; an empty line or Ctrl-D ends.")
+def converse(session, reply=answer, hint="Ask a question"):
+    """Question after question. One that cannot be asked is no reason to stop.
+
+    reply: `answer`, or `tell` for a run on a text of one's own.
+    """
+    print(f"{hint}; an empty line or Ctrl-D ends.")
     try:
         while question := input("> ").strip():
             try:
-                answer(session, question, "the question")
+                reply(session, question, "the text" if reply is tell else "the question")
             except ValueError as error:
                 print(f"sample.py: error: {printable(error, None)}", file=sys.stderr)
     except EOFError:
@@ -163,8 +189,13 @@ def inspect_question(session, question):
 
 def candidates(session):
     """What may fill a gap: the answers, or before phase 2 words and beginnings of words."""
-    ranks = (rank.decode(errors="replace") for rank in session.tokenizer.ranks)
-    words = [rank[1:] for rank in ranks if rank[0] == " " and len(rank) > 3 and rank[1:].isalpha()]
+    tokenizer = session.tokenizer
+    words = []
+    for rank, is_word, begins in zip(tokenizer.ranks, tokenizer.is_word, tokenizer.word_start):
+        word = rank.decode(errors="replace").strip()
+        # A word behind a blank may be cut off. From three letters on it mostly is not.
+        if is_word and begins and (len(word) > 2 or not rank.startswith(b" ")):
+            words.append(word)
     return session.checkpoint["answers"] or words
 
 def inspect_gap(session, text):
@@ -265,6 +296,78 @@ def list_questions(session):
         print("\n".join(printable(f"  {question}", None)
                         for question, _, _ in checkpoint["added"]))
 
+# -- a text of one's own: gaps aloud ---------------------------------------------------------------
+GAP = re.compile(r"\[(?:\.\.\.|\u2026)\]")
+# A gap does not say how many tokens it hides: as many mask tokens are tried as most spans have.
+LENGTHS = range(1, 5)
+
+def say_gap(session, left, n, right):
+    """What is said of a gap of n tokens between left and right: a list of token ids."""
+    flags, run = session.flags, session.run
+    thought = evaluate.gap_thought(run, left, n, right)
+    with run.autocast():
+        tokens = run.model.speak(thought, flags.temperature, flags.top_k, flags.top_p)
+        return evaluate.words_of([token.item() for token in tokens], session.tokenizer.pad)
+
+def fill(session, text, source):
+    """Print what fits the gap of a text, the lowest energy first, and the text filled by it."""
+    flags, run, tokenizer = session.flags, session.run, session.tokenizer
+    parts = GAP.split(text.strip())
+    if len(parts) != 2 or not "".join(parts).strip():
+        raise ValueError(f"{source} must have exactly one gap, written [...], with text around it, "
+                         'as in --fill="My lord, the [...] is dead."')
+    left, right = evaluate.around_gap(tokenizer, *parts)
+    room = run.cfg.block_size - len(left) - len(right)
+    lengths = [n for n in LENGTHS if n < run.cfg.answer_size]
+    if room < lengths[-1]:
+        raise ValueError(f"{source} has {len(left) + len(right)} tokens around the gap, above "
+                         f"{run.cfg.block_size - lengths[-1]}: shorten it")
+
+    torch.manual_seed(flags.seed)
+    draws = len(lengths) if flags.temperature == 0 else flags.n
+    fillings = []
+    for draw in range(draws):
+        said = say_gap(session, left, lengths[draw % len(lengths)], right)
+        if said and len(said) <= room and said not in fillings:
+            fillings.append(said)
+    if not fillings:
+        print("nothing that fits was said; --temperature=1 draws others")
+        return
+    energy = evaluate.filled_energy(run, tokenizer, left, fillings, right)
+    order = energy.argsort().tolist()
+    words = [printable(tokenizer.decode(said).strip(), None) for said in fillings]
+    print("  energy  filling")
+    for i in order:
+        print(f"{energy[i]:8.4f}  {words[i]}")
+    print(printable(parts[0], None) + f"[{words[order[0]]}]" + printable(parts[1], None))
+
+def go_on(session, text, source):
+    """Print a text and what follows: the next span is thought, said and appended, then the next."""
+    flags, run, tokenizer = session.flags, session.run, session.tokenizer
+    ids = evaluate.around_gap(tokenizer, text.strip(), "")[0]
+    if not ids:
+        raise ValueError(f'{source} is empty: write the beginning of a text, as in '
+                         '--go_on="What is thy"')
+    span = min(LENGTHS[-1], run.cfg.answer_size - 1)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    torch.manual_seed(flags.seed)
+    print(printable(text.strip(), None), end="", flush=True)
+    left = flags.length
+    while left > 0:
+        said = say_gap(session, ids[-(run.cfg.block_size - span):], span, [])[:left]
+        if not said:
+            break
+        ids += said
+        left -= len(said)
+        words = utf8.decode(b"".join(tokenizer.ranks[i] for i in said))
+        # lines stay lines; all else that steers a terminal is written out
+        print("\n".join(printable(line, None) for line in words.split("\n")), end="", flush=True)
+    print()
+
+def tell(session, text, source):
+    """Fill the gap of a text, or go on where it has none."""
+    (fill if GAP.search(text) else go_on)(session, text, source)
+
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C is exit code 130."""
     plain_output()
@@ -280,6 +383,13 @@ def main(argv=None):
             return embed(session)
         if given.get("list"):
             return list_questions(session)
+        if asked in (["fill"], ["go_on"]):
+            require_gaps(session, asked[0])
+            reply = fill if asked == ["fill"] else go_on
+            return reply(session, given[asked[0]], f"--{asked[0]}")
+        if not asked and says_gaps(session):
+            require_gaps(session, "fill")
+            return converse(session, tell, "A text with a gap, [...], is filled, another goes on")
         if re.search(r"[][]", given.get("inspect", "")):
             return inspect_gap(session, given["inspect"])
         require(session, "distill")

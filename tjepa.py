@@ -352,17 +352,18 @@ class Spans(NamedTuple):
         with torch.autocast(latents.device.type, enabled=False):
             return self.share @ latents.float()
 
-def split_spans(span_ids, tokens, n_removed, cfg):
+def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
 
     A row that loses fewer tokens than K must have that much padding, which fills the gap.
+    unit: span | token, what gets one latent; by default cfg.target.
     """
     order = 2 * (span_ids < cfg.max_spans) + (tokens == cfg.pad)        # 0 stays, 1 padding, 2 gone
     positions = order.argsort(dim=1, stable=True)                       # (B, T)
     tokens = tokens.gather(1, positions)
     real = tokens != cfg.pad
     span_of = span_ids.gather(1, positions[:, -n_removed:])             # (B, K)
-    if cfg.target == "token":                           # each removed token is a span of its own
+    if (unit or cfg.target) == "token":                 # each removed token is a span of its own
         share = torch.diag_embed((span_of < cfg.max_spans).float())     # (B, K, K)
     else:
         span = torch.arange(cfg.max_spans, device=tokens.device)
@@ -420,6 +421,11 @@ class Thought(NamedTuple):
     def rows(self, index):
         """The thoughts of some rows."""
         return Thought(*(part[index] for part in self))
+
+def thought_of(latent):
+    """A `Thought` that is latents (B, D) alone, for a decoder that reads nothing else."""
+    nothing = latent.new_zeros(len(latent), 0, latent.size(1))
+    return Thought(latent, nothing, nothing[..., 0].bool())
 
 class Decoder(nn.Module):
     """Causal transformer that cross-attends to a memory; two heads, token and latent.
@@ -479,14 +485,19 @@ def masked_mean(x, mask, dim):
     mask = mask.to(x.dtype).expand_as(x)
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
+def latent_error(predicted, target, kind):
+    """Error of each predicted latent (..., C), (...,): squared, or 1 - cosine for InfoNCE."""
+    if kind == "mse":
+        return F.mse_loss(predicted, target, reduction="none").mean(-1)
+    return 1 - F.cosine_similarity(predicted, target, dim=-1)
+
 def latent_distance(predicted, target, mask, kind):
     """Loss of predicted (N, C) against target (N, C) over the rows in mask (N,).
 
     kind: mse, or infonce, the contrastive cross-entropy.
     """
     if kind == "mse":
-        error = F.mse_loss(predicted, target, reduction="none").mean(-1)        # (N,)
-        return masked_mean(error, mask, 0)
+        return masked_mean(latent_error(predicted, target, kind), mask, 0)
     # InfoNCE (temperature .1): tell the own target from all other targets of the batch.
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T
     logits = (similarity / 0.1).masked_fill(~mask, -torch.inf)          # (N, N)
@@ -626,14 +637,14 @@ class TJEPA(nn.Module):
         # would weigh less, and shrinking all means would lower the loss.
         return norm(target) if cfg.target_norm else target
 
-    def predict(self, tokens, span_ids, n_removed=None):
+    def predict(self, tokens, span_ids, n_removed=None, unit=None):
         """Remove spans and predict their latents: tokens, span_ids (B, T) -> `Prediction`.
 
         n_removed: the most tokens that a row loses; by default what `sample_spans` takes from a
-        full row.
+        full row. unit: as in `split_spans`.
         """
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
-        spans = split_spans(span_ids, tokens, n_removed, self.cfg)
+        spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
         # 1. target latents: the target encoder, whose weights are frozen, reads the whole text
         target = self.target_latents(spans)                             # (B, S, C)
@@ -700,7 +711,7 @@ class TJEPA(nn.Module):
         """
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
         p = self.predict(tokens, span_ids, n_removed)
-        error = ((p.predicted - p.target) ** 2).mean(-1)                # (B, S)
+        error = latent_error(p.predicted, p.target, self.cfg.loss)      # (B, S)
         return masked_mean(error, p.span_mask, 1)
 
     # -- phase 2: teach answers in latent space ----------------------------------------------------
@@ -763,6 +774,18 @@ class TJEPA(nn.Module):
         return loss, dict(latent=loss.detach())
 
     # -- phase 3: speak ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def think_gaps(self, tokens, span_ids, n_removed):
+        """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
+
+        On a text of one's own phase 3 says these instead of answers. Both are on the scale that
+        `set_answers` has fixed; before it was called, on the scale of targets.
+        """
+        p = self.predict(tokens, span_ids, n_removed, unit="span")
+        # InfoNCE trains the direction of a prediction and leaves its length open.
+        predicted = norm(p.predicted) if self.cfg.loss == "infonce" else p.predicted
+        return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
         """Latents (B, D) as inexact as predicted ones: the decoder must not expect perfect ones."""

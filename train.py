@@ -2,7 +2,7 @@
 Train a T-JEPA: flags -> corpus -> phases -> one training loop -> checkpoint, metrics, curves.
 
     python train.py                                                     all phases, shipped facts
-    python train.py --phase=pretrain --data=my_book.txt --out=out/book  your own text
+    python train.py --data=my_book.txt --out=out/book                   your own text: phases 1, 3
     python train.py --phase=distill --qa=my_qa.tsv --out=out/book       teach answers as latents
     python train.py --phase=speak --out=out/book                        learn to speak them
     python train.py --phase=teach --qa=new.tsv --out=out/book           later: add new facts
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -55,7 +56,7 @@ class Config(tjepa.Config):
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | minute | laptop: all | gpu
     recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
-    data: str = "facts"         # facts, or the path of a UTF-8 .txt (phase 1 needs nothing else)
+    data: str = "facts"         # facts, or the path of a UTF-8 .txt, or of a folder of them
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
     qa: str = ""                # your own questions: a file of lines question, tab, answer
     added: str = ""             # the pairs that --phase=teach adds: its --qa
@@ -125,6 +126,11 @@ class Config(tjepa.Config):
             ("warmup alpha_start echo made_up", lambda v: 0 <= v < 1, "at least 0 and below 1"),
         ))
 
+    @property
+    def is_text(self):
+        """A text of one's own without questions: phase 3 says its gaps instead of answers."""
+        return self.data != "facts" and not self.qa
+
 PRESETS = dict(
     tiny={},
     # a smoke run; `report.MINUTE` says what to expect of it
@@ -153,11 +159,24 @@ RECIPES = dict(
 FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pred_layer "
          "pred_embd mlm top_k target_norm").split()
 
+# Settings of a text of one's own without questions. Vocabulary, steps and rate for 1 MB are those
+# of one run (tiny Shakespeare, seed 0, 9.2 million tokens) that found the hidden word at hit@5 .35
+# by its token head and .12 by energy; word frequency alone has .23. Other sizes, noise and echo
+# were not tuned: predicted spans are inexact already, so they get less noise than answers.
+TEXT = dict(pretrain_lr=2e-3, noise=0.1, echo=0.25)
+# up to so many characters: tokens of the vocabulary, steps of phases 1 and 3
+TEXT_SIZES = (
+    (200_000, 512, 1500, 600),
+    (4_000_000, 1024, 3000, 1200),
+    (math.inf, 4096, 8000, 3000),
+)
+
 # -- from flags to a Config ------------------------------------------------------------------------
 
 def resolve(given):
-    """The Config of a command line. Later ones win: defaults, the continued run, preset, recipe,
-    the flags given (a dict). ValueError where flags contradict the run that is continued."""
+    """The Config of a command line. Later ones win: defaults, the continued run or the settings for
+    a text of one's own, preset, recipe, the flags given (a dict). ValueError where flags contradict
+    the run that is continued."""
     out = given.get("out", Config.out)
     preset = PRESETS.get(given.get("preset"), {})
     recipe = RECIPES.get(given.get("recipe"), {})
@@ -175,15 +194,34 @@ def resolve(given):
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
         same_run(f"--out={out}", base, asked)
+        if asked.get("qa") and not base["qa"]:          # answers are said with their own settings
+            base |= dict(noise=Config.noise, echo=Config.echo)
     elif given.get("init_from"):
         saved = load_checkpoint(given["init_from"], "--init_from=")["config"]
         text = dict(facts=asked.get("facts", saved["facts"]))       # it may be another one
         base = saved | text | dict(phase="all", out=out, resume=False, added="", teacher_width=0)
         same_run(f"--init_from={given['init_from']}", base, asked)
-    elif "n_layer" in asked:
+    elif asked.get("data", "facts") != "facts" and not asked.get("qa"):
+        base = text_settings(asked)
+    if not goes_on and not given.get("init_from") and "n_layer" in asked:
         # the default of top_k is the mean of four layers, or of all where there are fewer
         asked.setdefault("top_k", min(Config.top_k, asked["n_layer"]))
     return Config(**base | asked)
+
+def text_settings(asked):
+    """Settings by the size of the text in asked["data"]: fields of a Config. Prints them."""
+    text = data.read_text(asked["data"])
+    n = len(text)
+    vocab_size, pretrain_steps, speak_steps = next(
+        row[1:] for row in TEXT_SIZES if n <= row[0])
+    # In a script of its own each common character is a token; else characters are cut into bytes.
+    counts = Counter(text[:2 ** 20])
+    vocab_size += sum(c > "\u024f" and times >= 10 for c, times in counts.items())
+    settings = TEXT | dict(vocab_size=vocab_size, pretrain_steps=pretrain_steps,
+                           speak_steps=speak_steps, eval_every=max(1, pretrain_steps // 4))
+    used = [f"--{name}={value}" for name, value in settings.items() if name not in asked]
+    print(f"a text of {n:,} characters; settings for it, your own flags win: {' '.join(used)}")
+    return settings
 
 def absolute(path):
     """A path as it is stored in a run, which may be resumed from another working directory."""
@@ -463,6 +501,7 @@ IN_BAR = (
     ("loss",), ("val_r2",), ("rank",), ("health",),
     ("r1_LAT_heldout", "r1_DEC_heldout", "r1_DEC"),
     ("em_LAT_heldout", "em_DEC_heldout", "em_DEC"),
+    ("word_prior_hit5",), ("gap_em",),
 )
 
 def show(bar, rows, phase, **figures):
@@ -603,6 +642,8 @@ def pretrain(run):
     def measure(whole):
         """Figures on held-out text; at the end also the cloze, if the corpus has one."""
         figures = evaluate.evaluate_text(run)
+        if cfg.data != "facts":
+            figures |= evaluate.hidden_words(run, 256 if whole else 64)
         if whole and has_capitals:
             figures |= evaluate.cloze(run, "capital")
         return figures
@@ -686,8 +727,60 @@ def draw_lessons(run, lessons):
         rows.append(lessons.n_questions + torch.randint(n_echoes, (n_echo,)))
     return torch.cat(rows).to(run.device, non_blocking=True)
 
+def enough_gaps(run, n, longest):
+    """n `evaluate.Gaps` of the training text; ValueError where no span is short enough."""
+    parts = []
+    while sum(len(part.words) for part in parts) < n:
+        parts.append(evaluate.draw_gaps(run, run.corpus.train, max(1, n // 4), longest))
+        if not len(parts[-1].words):
+            raise ValueError(f"--answer_size={run.cfg.answer_size}: no span of the text has at "
+                             f"most {longest} tokens to be said: raise it")
+    return evaluate.Gaps(*(torch.cat(tensors)[:n] for tensors in zip(*parts)))
+
+def speak_text(run):
+    """Phase 3 on a text of one's own: the decoder learns to say the spans that are removed from it.
+
+    A share --echo of the rows has the target latent of the span as its thought, the others what
+    the frozen encoder and predictor predict.
+    """
+    cfg, model = run.cfg, run.model
+    longest = cfg.answer_size - 1
+    # The latents of spans get the scale of answers: standardised by those of 1,024 spans, always
+    # the same ones. Without the reset a resumed run would standardise twice.
+    torch.manual_seed(cfg.seed)
+    model.answer_mean.zero_()
+    model.answer_scale.copy_(torch.eye(len(model.answer_mean)))
+    model.set_answers(enough_gaps(run, 1024, longest).target)
+    n_echo = round(cfg.qa_batch_size * cfg.echo)
+
+    def draw():
+        """Random gaps: thoughts (n, D), their words (n, A) and their target latents (n, D)."""
+        gaps = enough_gaps(run, cfg.qa_batch_size, longest)
+        order = torch.randperm(len(gaps.words), device=run.device)
+        echoes, others = order[:n_echo], order[n_echo:]
+        thoughts = gaps.predicted.clone()
+        thoughts[echoes] = gaps.target[echoes]
+        width = (gaps.words != model.cfg.pad).sum(1).max()
+        return thoughts, gaps.words[:, :width], gaps.target
+    parts = run.in_parts(draw)
+
+    def loss_at(progress):
+        """Loss of random gaps; the weight of the latent loss falls to 0 by a cosine."""
+        latents, words, targets = next(parts)
+        alpha = cfg.alpha_start * 0.5 * (1 + math.cos(math.pi * progress))
+        thought = tjepa.thought_of(latents)
+        loss, stats = model.speak_loss(thought, words, targets, alpha)
+        return loss, stats | dict(alpha=alpha)
+
+    def measure(whole):
+        """Gaps of held-out text, said greedily: of 512 rows at the end, of 128 before."""
+        return evaluate.spoken_gaps(run, 512 if whole else 128)
+    return loss_at, measure
+
 def speak(run):
     """Phase 3: the decoder learns to say thoughts."""
+    if run.questions is None:
+        return speak_text(run)
     lessons = make_lessons(run)
     held_out, every = run.questions.only(*data.QUICK), run.questions.fewer()
     thoughts_of_all = evaluate.think_all(run, every.tokens)
@@ -873,6 +966,8 @@ def check_phase_before(cfg, phases, checkpoint):
     phase, step, out = checkpoint["phase"], checkpoint["step"], cfg.out
     steps = checkpoint["config"][f"{phase}_steps"]
     before = EVERY.index(phases[0]) - 1
+    if cfg.is_text and phases[0] == "speak":
+        before = EVERY.index("pretrain")
     ended = step >= steps and checkpoint["evaluated"]
     if (EVERY.index(phase), ended) >= (before, True):
         return
@@ -933,7 +1028,7 @@ def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device):
     if not corpus.qa:
         raise ValueError(
             f"--phase={cfg.phase} needs questions: give --qa=FILE (lines of question, tab, "
-            "answer), or stop after reading with --phase=pretrain")
+            "answer), or leave phase 2 out: --phase=speak says gaps of the text")
     if phase_2_has_begun and checkpoint["questions"] != content_of(corpus.qa):
         raise ValueError(f"--qa={cfg.qa}, --qa_val={cfg.qa_val}: these are not the questions and "
                          "answers that phase 2 was taught: run --phase=distill first")
@@ -993,9 +1088,27 @@ class Opened(NamedTuple):
     vectors: torch.Tensor | None    # (A, D) what another teacher says of the answers
     added: list             # what --phase=teach adds or has added, as in a checkpoint
 
+def phases_of(cfg):
+    """The phases that --phase names. A text without questions has nothing to teach in phase 2."""
+    if cfg.phase != "all":
+        return (cfg.phase,)
+    return ("pretrain", "speak") if cfg.is_text else PHASES
+
+def check_speech(cfg, checkpoint):
+    """ValueError if phase 3 can't say the gaps of a text as cfg asks."""
+    if checkpoint.get("questions"):
+        raise ValueError(f"--qa= is empty, and the run in --out={cfg.out} was taught questions: "
+                         "leave the flag out, or begin with another --out")
+    if cfg.memory != "thought":
+        raise ValueError(f"--memory={cfg.memory} reads the question, and a text without --qa has "
+                         "none: take --memory=thought, or stop after --phase=pretrain")
+    if cfg.teacher != "self" or cfg.distill != "answers":
+        raise ValueError("--teacher and --distill say how questions are taught: give them with "
+                         "--qa=FILE, or leave them out")
+
 def open_run(cfg, corpus, model):
     """Open data, teacher and model of cfg: `Opened`. ValueError where cfg asks the impossible."""
-    phases = PHASES if cfg.phase == "all" else (cfg.phase,)
+    phases = phases_of(cfg)
     checkpoint = open_checkpoint(cfg, phases)
     left = phases
     if cfg.resume:
@@ -1013,7 +1126,12 @@ def open_run(cfg, corpus, model):
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = None
     phase_2_has_begun, added = False, []
-    if phases != ("pretrain",):
+    if cfg.is_text and phases[-1] == "speak":
+        check_speech(cfg, checkpoint)
+        cfg = dataclasses.replace(cfg, teacher_width=0)
+        print("no --qa: phase 2, which teaches answers to questions, has nothing to do and is "
+              "skipped; phase 3 says gaps of the text")
+    elif phases != ("pretrain",):
         phase_2_has_begun = left[0] != "pretrain" and (cfg.resume or left[0] in ("speak", "teach"))
         added = added_pairs(cfg, phases, checkpoint, corpus.tokenizer)
         questions = open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device)
@@ -1101,7 +1219,10 @@ def train_phases(opened):
         lines.append(report.MINUTE)
     print("\n".join(lines))
     if phases[-1] == "speak":
-        lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])
+        if cfg.is_text:
+            lines = report.gaps_aloud(run)
+        else:
+            lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])
         print("\n".join(lines))
     return figures
 
@@ -1125,9 +1246,11 @@ def run(cfg, corpus=None, model=tjepa.TJEPA):
 
 def next_command(cfg):
     """The command to run after this one."""
+    if cfg.phase == "pretrain" and cfg.is_text:
+        return (f"python train.py --phase=speak --out={cfg.out}, or to teach answers first "
+                f"python train.py --phase=distill --qa=my_qa.tsv --out={cfg.out}")
     if cfg.phase == "pretrain":
-        pairs = "" if cfg.data == "facts" else " --qa=my_qa.tsv"
-        return f"python train.py --phase=distill{pairs} --out={cfg.out}"
+        return f"python train.py --phase=distill --out={cfg.out}"
     if cfg.phase == "distill":
         return f"python train.py --phase=speak --out={cfg.out}"
     return f"python sample.py --out={cfg.out}"

@@ -17,7 +17,8 @@ import torch
 from data.added import add_pairs  # noqa: F401
 from data.facts.prepare import prepare as prepare_facts
 from data.inputs import (  # noqa: F401
-    TEXT_LIMIT, clean, decode, printable, read_bytes, read_pairs, read_text, read_vectors)
+    END_OF_TEXT, TEXT_LIMIT, clean, decode, printable, read_bytes, read_pairs, read_text,
+    read_vectors)
 from data.tokenizer import Tokenizer, train_bpe
 from data.typed import as_typed, as_written, made_up, nonsense, plain, subjects_of  # noqa: F401
 
@@ -47,9 +48,9 @@ class Cloze(NamedTuple):
 class Text:
     """A stream of tokens, and the places where a row may start.
 
-    Documents end in EOS and no row crosses an EOS; a .txt of your own is one document. A row
-    starts at the beginning of a document, or, in documents longer than a row, wherever a full
-    row is left.
+    Documents end in EOS and no row crosses an EOS; a .txt of your own is one document, unless it
+    has <|endoftext|> in it. A row starts at the beginning of a document, or, in documents longer
+    than a row, wherever a full row is left.
     """
 
     def __init__(self, tokens, block_size, tokenizer, name):
@@ -102,6 +103,20 @@ class Corpus(NamedTuple):
     cloze: list     # of Cloze
     values: dict    # relation -> every value that it takes in the world
     fingerprint: str
+
+
+def frequent_words(tokens, tokenizer, n):
+    """The n commonest words that are one token: ids (W,), and how often each occurs, (W,).
+
+    tokens: integers (N,), a stream of text. A word is counted where the next token begins another.
+    """
+    begins = np.array(tokenizer.word_start)
+    whole = begins[tokens[:-1]] & begins[tokens[1:]]
+    counts = np.bincount(tokens[:-1][whole], minlength=len(begins))
+    counts[[not is_word for is_word in tokenizer.is_word]] = 0
+    ids = np.argsort(-counts, kind="stable")[:n]
+    ids = ids[counts[ids] > 0]
+    return torch.from_numpy(ids), torch.from_numpy(counts[ids])
 
 
 def pack(tokenizer, texts, limit, flag):
@@ -252,12 +267,19 @@ def load_text(cfg, tokenizer):
     The last tenth is held out.
     """
     text = read_text(cfg.data)
+    documents = [part for part in text.split(END_OF_TEXT) if part.strip()]
     if tokenizer is None and cfg.tokenizer == "gpt2":
         tokenizer = Tokenizer.gpt2()
     elif tokenizer is None:
-        tokenizer = Tokenizer(train_bpe(text, cfg.vocab_size - 4))
-    parts = [np.array(part, dtype=np.uint16) for part in tokenizer.encode_parts(text)]
-    tokens = np.concatenate(parts)
+        tokenizer = Tokenizer(train_bpe("\n".join(documents), cfg.vocab_size - 4))
+        if tokenizer.vocab_size < cfg.vocab_size:
+            print(f"the text is too small for --vocab_size={cfg.vocab_size}: no more than "
+                  f"{tokenizer.vocab_size} tokens occur twice, and that many are taken")
+    parts = []
+    for document in documents:
+        parts += [np.array(part, dtype=np.uint16) for part in tokenizer.encode_parts(document)]
+        parts.append(np.array([tokenizer.eos], dtype=np.uint16))
+    tokens = np.concatenate(parts[:-1])     # nothing follows the last document
     cut = len(tokens) * 9 // 10
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return tokenizer, dict(train=tokens[:cut], val=tokens[cut:]), fingerprint
@@ -266,7 +288,8 @@ def load_text(cfg, tokenizer):
 def load(cfg, tokenizer=None):
     """Read the corpus that cfg names: a `Corpus`.
 
-    cfg.data is "facts" or the path of a .txt; cfg.qa is the path of a .tsv or .csv, or "".
+    cfg.data is "facts", or the path of a .txt or of a folder of them; cfg.qa is the path of a .tsv
+    or .csv, or "".
     tokenizer: the one of a checkpoint; without it, cfg.tokenizer says: bpe (trained on this
     corpus) or gpt2. ValueError, one line, if a file or a flag does not fit.
     """

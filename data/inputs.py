@@ -20,6 +20,8 @@ import torch
 # the largest files that are read, in bytes
 TEXT_LIMIT = 4 * 2 ** 30
 PAIRS_LIMIT = 2 ** 28
+# divides the documents of a text, as in GPT-2's data
+END_OF_TEXT = "<|endoftext|>"
 VECTORS_LIMIT = 2 * 2 ** 30
 # how much of a file's content an error message quotes, in characters
 QUOTE = 60
@@ -97,11 +99,26 @@ def clean(text):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, `clean`; ValueError says what is wrong with it and where."""
-    raw = read_bytes("--data", path, TEXT_LIMIT, "the path of a UTF-8 text file")
-    text = clean(decode("--data", path, raw))
-    if not text.strip():
-        raise ValueError(f"--data={printable(path, None)} is empty: give a file with text in it")
+    """The text of a UTF-8 file, or of the .txt files of a folder by their names; `clean`.
+
+    Files are divided by END_OF_TEXT. ValueError says what is wrong with which file, and where.
+    """
+    wanted = "the path of a UTF-8 text file, or of a folder of .txt files"
+    where = f"--data={printable(path, None)}"
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(Path(path).rglob("*.txt"))
+        if not files:
+            raise ValueError(f"{where} is a folder without .txt files; give {wanted}")
+    texts = []
+    room = TEXT_LIMIT
+    for file in files:
+        raw = read_bytes("--data", file, room, wanted)
+        room -= len(raw)
+        texts.append(clean(decode("--data", file, raw)))
+    text = END_OF_TEXT.join(texts)
+    if not text.replace(END_OF_TEXT, "").strip():
+        raise ValueError(f"{where} is empty: give a file with text in it")
     return text
 
 

@@ -41,6 +41,11 @@ SAFE_CUT = regex.compile(r"(?<=\p{L})[ \n\r\t]")
 # How a token begins that continues a word. U+FFFD is what a cut-off piece of a character
 # decodes to.
 INSIDE = regex.compile(r"[\p{L}\p{M}\p{N}\uFFFD]")
+# Scripts without blanks between words: each token begins a word, else a whole sentence were one.
+NO_BLANKS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+                          r"--\p{M}]", regex.VERSION1)
+# a token that is a word and nothing else, with or without the blank in front of it
+WORD = regex.compile(r" ?[\p{L}\p{M}]+")
 # bars are shown for what takes longer, in seconds
 PATIENCE = 3
 
@@ -156,12 +161,22 @@ def train_bpe(text: str, vocab_size: int) -> list[bytes]:
     return ranks
 
 
+def begins_word(token: bytes) -> bool:
+    """Does a token begin a word, or stand between words?"""
+    # In UTF-8 these are the first bytes of Chinese and Japanese characters, whole or cut off.
+    if 0xE3 <= token[0] <= 0xE9:
+        return True
+    text = token.decode(errors="replace")
+    return bool(NO_BLANKS.match(text)) or not INSIDE.match(text)
+
+
 class Tokenizer:
     """Token ids are 0 .. n-1 for the n ranks, then pad, bos, eos, mask = n .. n+3.
 
     ranks and pattern rebuild the tokenizer, so a checkpoint keeps both. vocab_size is n + 4.
     word_start is a list of vocab_size bools: False where a token continues the word before it
-    (it begins with a letter, a digit or a cut-off character), True elsewhere.
+    (it begins with a letter, a digit or a cut-off character), True elsewhere. is_word, as many
+    bools: True where a token is letters alone, but for a blank in front of them.
     ValueError if ranks holds a token twice or lacks a single byte.
     """
 
@@ -177,8 +192,9 @@ class Tokenizer:
             "bpe", pat_str=pattern, mergeable_ranks=table, special_tokens={})
         self.pad, self.bos, self.eos, self.mask = range(len(ranks), len(ranks) + 4)
         self.vocab_size = len(ranks) + 4
-        begins = [not INSIDE.match(token.decode(errors="replace")) for token in ranks]
-        self.word_start = begins + [True] * 4
+        self.word_start = [begins_word(token) for token in ranks] + [True] * 4
+        self.is_word = [bool(WORD.fullmatch(token.decode(errors="replace"))) for token in ranks]
+        self.is_word += [False] * 4
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":

@@ -94,10 +94,10 @@ class NoPredictor(TJEPA):
         latents = self.context_encoder(tokens, positions, mask)
         return latents.split((n_context, n_queries), dim=1)
 
-    def predict(self, tokens, span_ids, n_removed=None):
+    def predict(self, tokens, span_ids, n_removed=None, unit=None):
         """As `TJEPA.predict`."""
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
-        spans = tjepa.split_spans(span_ids, tokens, n_removed, self.cfg)
+        spans = tjepa.split_spans(span_ids, tokens, n_removed, self.cfg, unit)
         target = self.target_latents(spans)
         kept, _, _ = spans.context()
         context, states = self.read(kept, spans.positions, spans.real)

@@ -232,7 +232,9 @@ def test_word_start_says_where_a_word_begins(token, starts):
 
 def test_word_start_covers_pieces_of_characters_and_specials():
     assert len(TOKENIZER.word_start) == TOKENIZER.vocab_size and all(TOKENIZER.word_start[-4:])
-    assert not any(TOKENIZER.word_start[128:256])  # half a letter cannot begin a word: "caf" + two bytes is one word
+    # half a letter cannot begin a word: "caf" + two bytes is one word; a Chinese character can
+    begins = [byte for byte in range(128, 256) if TOKENIZER.word_start[byte]]
+    assert begins == list(range(0xE3, 0xEA)) == sorted({chr(c).encode()[0] for c in range(0x3000, 0xA000)})
 
 
 def test_word_start_groups_whole_words():

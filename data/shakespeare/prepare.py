@@ -36,7 +36,7 @@ def main():
 
     OUT.write_bytes(raw)  # as it is: a download and a copy give the same file
     print(f"{OUT}: {len(raw):,} bytes, {text.count(chr(10)):,} lines (expect 1,115,394 and 40,000)")
-    print("next: python train.py --phase=pretrain --data=data/shakespeare/input.txt --out=out/shakespeare")
+    print("next: python train.py --data=data/shakespeare/input.txt --out=out/shakespeare")
 
 
 if __name__ == "__main__":

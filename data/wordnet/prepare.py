@@ -48,7 +48,7 @@ def main():
     raw = ("\n\n".join(documents) + "\n").encode()
     OUT.write_bytes(raw)
     print(f"{OUT}: {len(raw):,} bytes, {raw.count(10):,} lines, {len(glosses):,} glosses in {len(documents):,} documents")
-    print("next: python train.py --phase=pretrain --data=data/wordnet/input.txt --out=out/wordnet")
+    print("next: python train.py --data=data/wordnet/input.txt --out=out/wordnet")
 
 
 if __name__ == "__main__":
