@@ -6,11 +6,10 @@ The house of data/house for the planning lab: its text, its latents, and the sea
     search      imagined states are expanded action by action; the energy is the distance to a goal
     episodes    plan, act, look again, until the goal is true or the actions are used up
 
-Shapes: n states, S = 4 slots, A = 16 actions, F = 65 facts, W = 4 wordings, C width of a latent.
+Shapes: n states, S = 4 slots, A = 16 actions, F = 65 facts, W = 6 wordings, C width of a latent.
 """
 import functools
 import hashlib
-import math
 import random
 from typing import NamedTuple
 
@@ -23,8 +22,9 @@ from data.house import prepare as world
 from labs.measures import features
 
 N_SLOTS = 4                 # the robot and up to three objects
-TRAINED = range(world.HELD_OUT)
-TRAJECTORIES = 3000
+HELD_OUT = world.HELD_OUT
+TRAINED = range(HELD_OUT)
+TRAJECTORIES = 2000
 
 # -- texts -----------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Latents(NamedTuple):
 
     def centres(self):
         """The mean latent of each fact over the trained wordings, (F, C)."""
-        return self.facts[:, :world.HELD_OUT].mean(1)
+        return self.facts[:, :HELD_OUT].mean(1)
 
 def seen_facts():
     """Which facts the text contains: bool (F,)."""
@@ -89,7 +89,7 @@ def latents_of(model, tokenizer, block_size):
         rows = tjepa.norm(features(model, tokens))
         pooled.append(rows.unflatten(0, (-1, world.N_WORDINGS)))        # (F or A, W, C)
     facts, actions = pooled
-    known = facts[seen_facts(), :world.HELD_OUT].flatten(0, 1)
+    known = facts[seen_facts(), :HELD_OUT].flatten(0, 1)
     mean, std = known.mean(0), known.std(0).clamp(min=1e-3)
     facts = (facts - mean) / std
     return Latents(facts, facts, (actions - mean) / std)
@@ -112,12 +112,21 @@ class LatentWorld:
         self.transition = transition
         self.latents = latents
         self.actions = latents.actions[:, wording]                      # (A, C)
-        # Two states are one if they differ by less than a quarter of the least distance between
-        # two facts that the text contains (squared: a sixteenth).
+        # The distance at which two facts of the text are told apart: the median, over facts, of
+        # the distance to the nearest other fact.
         centres = latents.centres()[seen_facts()]
         apart = torch.cdist(centres, centres).square() / centres.size(1)
         apart = apart + torch.eye(len(apart)) * apart.max()
-        self.same = apart.min(1).values.median().item() / 16
+        between = apart.min(1).values.median().item()
+        # Two states are one below a quarter of that distance (squared: a sixteenth). A goal is
+        # reached below half of it.
+        self.same = between / 16
+        self.reached = between / 4
+
+    @torch.no_grad()
+    def look(self, slots, mask):
+        """What sentences say in any wording: the transition without action, slots (n, S, C)."""
+        return self.transition(slots, mask, torch.zeros_like(slots[:, 0]))
 
     def begin(self, state, wordings):
         """The state as it is read, one wording for each of its sentences."""
@@ -125,11 +134,12 @@ class LatentWorld:
         slots = torch.zeros(1, N_SLOTS, self.latents.read.size(-1))
         slots[0, :len(facts)] = self.latents.read[facts, wordings[:len(facts)]]
         mask = torch.arange(N_SLOTS)[None] < len(facts)
-        return Imagined(slots, mask)
+        return Imagined(self.look(slots, mask), mask)
 
     def goal(self, fact, wording):
-        """The latent of the goal's sentence, (C,)."""
-        return self.latents.facts[world.NUMBER[fact], wording]
+        """The latent of the goal's sentence, whatever its wording: (C,)."""
+        slot = self.latents.read[world.NUMBER[fact], wording][None, None]
+        return self.look(slot, torch.ones(1, 1, dtype=torch.bool))[0, 0]
 
     @torch.no_grad()
     def expand(self, states):
@@ -152,25 +162,28 @@ class LatentWorld:
         """Two sets of states as one."""
         return Imagined(*(torch.cat(parts) for parts in zip(states, others)))
 
+    def flat(self, states):
+        """The slots of each state as one vector, empty ones 0: (n, S*C)."""
+        return (states.slots * states.mask[..., None]).flatten(1)
+
     def new(self, states, known=None):
         """Which states differ from all before them, and from the known ones: bool (n,)."""
-        flat = (states.slots * states.mask[..., None]).flatten(1)       # (n, S*C)
+        flat = self.flat(states)                                        # (n, S*C)
         width = states.slots.size(-1)
         alike = torch.cdist(flat, flat).square() / width < self.same
         first = ~alike.tril(-1).any(1)
         if known is not None:
-            before = (known.slots * known.mask[..., None]).flatten(1)
-            nearest = torch.cdist(flat, before).min(1).values
+            nearest = torch.cdist(flat, self.flat(known)).min(1).values
             first &= nearest.square() / width >= self.same
         return first
 
-def search(imagination, state, goal, depth=8, beam=48, cost="closest", reached=-math.inf):
+def search(imagination, state, goal, depth=8, beam=32, cost="closest"):
     """Plan from a state to a goal: (actions as numbers, energy along the plan).
 
     Breadth-first while a layer has fewer than `beam` states, then the `beam` nearest to the goal.
 
     cost    closest: the energy of the nearest state on the way. States that were imagined before
-                     are dropped, and the search ends when one is nearer than `reached`.
+                     are dropped, and the search ends when one has reached the goal.
             last:    the energy of the last of `depth` states
             sum:     the energies of all of them
     """
@@ -197,7 +210,7 @@ def search(imagination, state, goal, depth=8, beam=48, cost="closest", reached=-
         best = (total if cost == "sum" else energy).argmin().item()
         found.append((energies[best][-1], paths[best], energies[best]))
         if cost == "closest":
-            if energy[best] < reached:
+            if energy[best] < imagination.reached:
                 break
             known = imagination.join(known, layer)
     if not found:
@@ -207,30 +220,6 @@ def search(imagination, state, goal, depth=8, beam=48, cost="closest", reached=-
     # the shortest of the plans that come about as near as any: noise must not cause a detour
     least = min(energy for energy, _, _ in found)
     return next(plan for energy, *plan in found if energy <= least + imagination.same)
-
-def threshold(imagination, n=300):
-    """The energy below which a goal counts as reached: between facts that hold and the others.
-
-    It is measured on the first actions of the training text, in trained wordings: the geometric
-    mean of the 90th percentile where the fact holds and the 1st percentile where another fact of
-    the same subject does.
-    """
-    states, actions = walks()
-    random_ = random.Random(0)
-    holds, others = [], []
-    for before, action in zip(world.trajectories(TRAJECTORIES)[:n], actions[:n, 0].tolist()):
-        state = before[0][0]
-        wordings = [random_.choice(TRAINED) for _ in range(N_SLOTS)]
-        after = imagination.expand(imagination.begin(state, wordings))
-        after = imagination.take(after, torch.tensor([action]))
-        fact = random_.choice(before[0][1].facts())
-        other = (fact[0], random_.choice([room for room in world.ROOMS if room != fact[1]]))
-        for found, one in ((holds, fact), (others, other)):
-            goal = imagination.goal(one, random_.choice(TRAINED))
-            found.append(imagination.energy(after, goal).item())
-    high = torch.tensor(holds).quantile(0.9)
-    low = torch.tensor(others).quantile(0.01)
-    return (high * low).sqrt().item()
 
 # -- episodes --------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from data.house import prepare as world
 from labs import house
 from labs.arms import Flags, chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM
-# from labs.house_gpt import GPTWorld
+from labs.house_gpt import GPTWorld
 from labs.runs import Arm, fit, model_of, open_run, plain
 from labs.tables import publish, tables
 
@@ -49,7 +49,8 @@ class Config(Arm):
     rollout: int = 2            # steps predicted from each other in training; 1: teacher forcing
     inverse: float = 0.0        # weight of inverse dynamics: which action led to what was predicted
     joint: bool = False         # train encoder and transition model together, without phase 1
-    episodes: int = 40          # tasks of each length
+    costs: bool = False         # also plan by the last step and by the sum
+    episodes: int = 30          # tasks of each length
     trajectories: int = house.TRAJECTORIES
 
     def __post_init__(self):
@@ -65,11 +66,11 @@ class Config(Arm):
 BASE = Config(
     mlm=0.0, n_embd=64, n_layer=3, top_k=3, pred_embd=64, dec_layer=2, block_size=72,
     vocab_size=512, answer_size=12, dtype="fp32", batch_size=32, qa_batch_size=128,
-    pretrain_steps=600, pretrain_lr=2e-3, distill_steps=1500, distill_lr=2e-3, speak_steps=400,
-    speak_lr=2e-3, eval_every=10 ** 9)
-JOINT = dict(joint=True, pretrain_steps=1500)
+    pretrain_steps=500, pretrain_lr=2e-3, distill_steps=1000, distill_lr=5e-3, speak_steps=250,
+    speak_lr=3e-3, noise=0.3, eval_every=10 ** 9)
+JOINT = dict(joint=True, pretrain_steps=1000)
 ARMS = {
-    "world model": {},
+    "world model": dict(costs=True),
     "latents and tokens": dict(mlm=1.0),
     "masked LM": MASKED_LM,
     "random-init encoder": dict(pretrain_steps=0),
@@ -82,7 +83,7 @@ ARMS = {
     "joint, inverse dynamics": JOINT | dict(inverse=1.0),
     "joint, without SIGReg": JOINT | dict(sigreg=0.0),
     "joint, without SIGReg, inverse dynamics": JOINT | dict(sigreg=0.0, inverse=1.0),
-    "GPT": dict(policy="gpt", episodes=15, pretrain_steps=1200),
+    "GPT": dict(policy="gpt", episodes=10, pretrain_steps=1000),
     "random policy": dict(policy="random"),
     "random possible actions": dict(policy="sensible"),
     "oracle": dict(policy="oracle"),
@@ -147,44 +148,56 @@ class WorldModel(nn.Module):
         return tjepa.masked_mean(both, mask[..., None], 1)
 
 def look_up(table, facts, wordings):
-    """Latents of facts (..., S), -1 where there is none, in wordings (..., S): (..., S, C)."""
+    """Latents (..., C) of facts or actions, by number, in wordings; any for -1, no fact.
+
+    table (n, W, C), facts and wordings (...).
+    """
     index = facts.clamp(min=0) * table.size(1) + wordings
     # F.embedding and not table[...]: the backward of indexing is not deterministic.
     return F.embedding(index, table.flatten(0, 1))
 
+def some_slots(mask):
+    """For half of the rows of mask (B, S) one random slot alone: as a goal is read."""
+    chance = torch.rand(mask.shape).masked_fill(~mask, -1)
+    alone = F.one_hot(chance.argmax(1), mask.size(1)).bool()
+    return torch.where(torch.rand(len(mask), 1) < 0.5, alone, mask)
+
 def rollout_loss(model, cfg, latents, facts, actions):
     """Teacher forcing, and a rollout of K = cfg.rollout steps -> (loss, stats).
 
-    facts (B, K+1, S), actions (B, K). Each sentence of each state has its own random wording: it
-    can't be predicted, so the prediction is the mean over the wordings.
+    facts (B, K+1, S), actions (B, K). What is read has a random wording in each slot, and noise,
+    because predicted states are inexact. What is predicted is the mean over the trained wordings.
     """
     B, K = actions.shape
     mask = facts[:, 0] >= 0                                             # (B, S)
-    wordings = torch.randint(world.HELD_OUT, facts.shape)
-    read = look_up(latents.read, facts, wordings)                       # (B, K+1, S, C)
-    target = look_up(latents.facts, facts, wordings)
-    said = F.embedding(actions * world.N_WORDINGS + torch.randint(world.HELD_OUT, actions.shape),
-                       latents.actions.flatten(0, 1))                   # (B, K, C)
+    read = look_up(latents.read, facts, torch.randint(house.HELD_OUT, facts.shape))
+    read = read + cfg.noise * torch.randn_like(read)                    # (B, K+1, S, C)
+    target = F.embedding(facts.clamp(min=0), latents.centres())
+    said = look_up(latents.actions, actions, torch.randint(house.HELD_OUT, actions.shape))
     if cfg.given == "shuffled":
-        said = said[torch.randperm(B)]
+        said = said[torch.randperm(B)]                                  # (B, K, C)
     if cfg.given == "none":
         said = torch.zeros_like(said)
 
-    def distance(predicted, step):
-        """Mean square error of the slots that there are."""
+    def distance(predicted, step, mask):
+        """Mean square error of the slots that are in a mask."""
         error = (predicted - target[:, step]).square().mean(-1)
         return tjepa.masked_mean(error, mask, (0, 1))
 
     # 1. teacher forcing: each step from the true state
     forced = [model.transition(read[:, k], mask, said[:, k]) for k in range(K)]
-    loss = sum(distance(predicted, k + 1) for k, predicted in enumerate(forced)) / K
+    loss = sum(distance(predicted, k + 1, mask) for k, predicted in enumerate(forced)) / K
     stats = dict(latent=loss)
     # 2. rollout: each step but the first from the predicted state
     state = forced[0]
     for k in range(1, K):
         state = model.transition(state, mask, said[:, k])
-        loss = loss + distance(state, k + 1) / (K - 1)
-    # 3. inverse dynamics: which action was it?
+        loss = loss + distance(state, k + 1, mask) / (K - 1)
+    # 3. without action: the same state in any wording; so are states and goals read in planning
+    looked_at = some_slots(mask)
+    same = model.transition(read[:, 0], looked_at, torch.zeros_like(said[:, 0]))
+    loss = loss + distance(same, 0, looked_at)
+    # 4. inverse dynamics: which action was it?
     if cfg.inverse:
         logits = model.which_action(read[:, 0], forced[0], mask)
         loss = loss + cfg.inverse * F.cross_entropy(logits, actions[:, 0])
@@ -223,7 +236,7 @@ def train_joint(run, cfg):
     facts = house.sentences(tokenizer, world.say_fact, world.FACTS, cfg.block_size)
     actions = house.sentences(tokenizer, world.say_action, world.ACTIONS, cfg.block_size)
     known = house.seen_facts().repeat_interleave(world.N_WORDINGS)
-    known &= (torch.arange(world.N_WORDINGS) < world.HELD_OUT).repeat(len(world.FACTS))
+    known &= (torch.arange(world.N_WORDINGS) < house.HELD_OUT).repeat(len(world.FACTS))
 
     def latents_now():
         """`house.Latents` of the encoders as they are; the context encoder's have a gradient."""
@@ -249,13 +262,16 @@ def train_joint(run, cfg):
 
 # -- phases 1 and 3 --------------------------------------------------------------------------------
 
+# what phase 1 does not depend on
+LATER = "noise distill_steps distill_lr speak_steps speak_lr qa_batch_size eval_every".split()
+
 def open_encoder(cfg, corpus):
     """A `train.Run` after phase 1. Arms of a seed with the same phase 1 share it."""
     name = f"encoder {cfg.variant} mlm {cfg.mlm} sigreg {cfg.sigreg} steps {cfg.pretrain_steps}"
     folder = Path(cfg.out).with_name(f"{name.replace(' ', '_')}_{cfg.seed}")
     steps = 0 if cfg.joint else cfg.pretrain_steps
-    wanted = plain(cfg, phase="pretrain", out=str(folder), pretrain_steps=steps,
-                   eval_every=BASE.eval_every)
+    later = {name: getattr(BASE, name) for name in LATER}
+    wanted = plain(cfg, phase="pretrain", out=str(folder), pretrain_steps=steps, **later)
     figures = {}
     done = (folder / "ckpt.pt").exists()
     if done:
@@ -284,7 +300,7 @@ def teach_speech(run, cfg, latents):
     def loss_at(progress):
         """Loss of random sentences: half of them in a wording, half as the mean of the wordings."""
         fact = seen[torch.randint(len(seen), (cfg.qa_batch_size,))]
-        worded = latents.facts[fact, torch.randint(world.HELD_OUT, fact.shape)]
+        worded = latents.facts[fact, torch.randint(house.HELD_OUT, fact.shape)]
         latent = torch.where(torch.rand(len(fact), 1) < 0.5, worded, centres[fact])
         thought = tjepa.Thought(latent, latent[:, None], torch.ones(len(fact), 1).bool())
         return model.speak_loss(thought, answers[fact], centres[fact], alpha=0.0)
@@ -314,13 +330,13 @@ def test_walks(n, steps=5, seed=7):
         actions.append(taken)
     return states, torch.tensor(actions)
 
-def nearest_facts(latents, slots, facts, wording=0):
+def nearest_facts(latents, slots, facts):
     """Is the true fact the nearest of all facts about its subject? slots (n, S, C) -> bool (n, S).
 
     facts: numbers (n, S), -1 where a slot is empty, which counts as right. So a state whose slots
     are all right is nearer to the truth than any state that differs from it in one fact.
     """
-    table = latents.facts[:, wording]                                   # (F, C)
+    table = latents.centres()                                           # (F, C)
     subjects = {name: i for i, name in enumerate(("robot", *world.OBJECTS))}
     subject_of = torch.tensor([subjects[name] for name, _ in world.FACTS])
     distance = (slots[:, :, None] - table).square().mean(-1)            # (n, S, F)
@@ -404,9 +420,9 @@ def intervention(policy, n):
 def wordings_alike(latents):
     """Share of facts in the held-out wording whose nearest trained sentence says the same fact."""
     seen = house.seen_facts()
-    new = latents.facts[seen, world.HELD_OUT]                           # (n, C)
-    known = latents.facts[seen, :world.HELD_OUT].flatten(0, 1)          # (n * 3, C)
-    found = torch.cdist(new, known).argmin(1) // world.HELD_OUT
+    new = latents.facts[seen, house.HELD_OUT]                           # (n, C)
+    known = latents.facts[seen, :house.HELD_OUT].flatten(0, 1)          # (n * 3, C)
+    found = torch.cdist(new, known).argmin(1) // house.HELD_OUT
     return (found == torch.arange(len(new))).float().mean().item()
 
 def task_figures(policy, cfg):
@@ -426,16 +442,15 @@ def seconds_a_plan(policy, n=5):
 
 def planning_figures(imagination, cfg):
     """All that a policy which searches in latents is asked."""
-    reached = house.threshold(imagination)
-    policy = house.planner(imagination, seed=cfg.seed, reached=reached)
+    policy = house.planner(imagination, seed=cfg.seed)
     found = task_figures(policy, cfg)
-    some = [task for name in house.BINS for task in house.tasks(name, cfg.episodes)[::4]]
-    for cost in ("last", "sum"):
-        found[f"success_{cost}"] = house.success(
-            house.planner(imagination, seed=cfg.seed, cost=cost), some)
-    new_words = house.LatentWorld(imagination.transition, imagination.latents, world.HELD_OUT)
-    found["success_wording"] = house.success(
-        house.planner(new_words, [world.HELD_OUT], reached=reached), some)
+    some = [task for name in house.BINS for task in house.tasks(name, cfg.episodes)[::3]]
+    if cfg.costs:
+        for cost in ("closest", "last", "sum"):
+            found[f"success_{cost}"] = house.success(
+                house.planner(imagination, seed=cfg.seed, cost=cost), some)
+    new_words = house.LatentWorld(imagination.transition, imagination.latents, house.HELD_OUT)
+    found["success_wording"] = house.success(house.planner(new_words, [house.HELD_OUT]), some)
     found["intervention"] = intervention(policy, cfg.episodes)
     found["counterfactual"] = counterfactual(imagination, 5 * cfg.episodes)
     found["wordings"] = wordings_alike(imagination.latents)

@@ -31,14 +31,19 @@ LOCKED = "cellar"
 UNSEEN = {("ball", "garden"), ("book", "attic"), ("lamp", "garage"), ("cup", "study"),
           ("key", "bathroom")}
 
-# The last wording of each is held out: its words are known, their order is not.
+# The last wording of each is held out: its words are known, their combination is not.
 IN_ROOM = ("The {a} is in the {b}.", "The {b} is where the {a} is.", "There is the {a}, in the {b}.",
+           "In the {b} there is the {a}.", "It is in the {b} that the {a} is.",
            "In the {b} is the {a}.")
 IN_HAND = ("The robot carries the {a}.", "The {a} is carried by the robot.",
-           "It is the {a} that the robot carries.", "By the robot the {a} is carried.")
-GO = ("Go to the {b}.", "Walk to the {b}.", "Walk into the {b}.", "Go into the {b}.")
-TAKE = ("Take the {a}.", "Pick up the {a}.", "Lift the {a}.", "Lift up the {a}.")
-PUT = ("Put it down.", "Lay it down.", "Drop it.", "Drop it down.")
+           "It is the {a} that the robot carries.", "There is the {a}, carried by the robot.",
+           "The {a} is what the robot carries.", "By the robot the {a} is carried.")
+GO = ("Go to the {b}.", "Walk to the {b}.", "Walk into the {b}.", "Go through the door to the {b}.",
+      "Now walk to the {b}.", "Now go into the {b}.")
+TAKE = ("Take the {a}.", "Pick up the {a}.", "Lift the {a}.", "Now take the {a}.",
+        "Now lift the {a}.", "Now pick up the {a}.")
+PUT = ("Put it down.", "Lay it down.", "Drop it.", "Now drop it.", "Now lay it down.",
+       "Now put it down.")
 N_WORDINGS = len(IN_ROOM)
 HELD_OUT = N_WORDINGS - 1
 
@@ -215,7 +220,7 @@ def documents(n, seed=0):
 
 def main():
     """Write OUT and print its size."""
-    lines = documents(3000)
+    lines = documents(2000)
     raw = ("\n".join(lines) + "\n").encode()
     OUT.write_bytes(raw)
     print(f"{OUT}: {len(raw):,} bytes, {len(lines):,} documents")
