@@ -10,9 +10,13 @@ frozen, each sentence gets one pooled latent, and a transition model learns
 
     latents of a state, latent of an action  ->  latents of the next state
 
-by teacher forcing plus a rollout on its own predictions [V-JEPA 2-AC, Assran et al. 2025]. A plan is
-found by search over imagined states; the energy is the distance to the latent of the goal's sentence
-(one fact). After each action the true state is read and the plan is made anew.
+by teacher forcing plus a rollout on its own predictions [V-JEPA 2-AC, Assran et al. 2025]. A plan
+is found by search over imagined states; the energy is the distance to the latent of the goal's
+sentence (one fact). After each action the true state is read and the plan is made anew.
+
+    labs/house.py           text and latents of the house, search, tasks
+    labs/house_model.py     the transition model
+    labs/house_gpt.py       a GPT that plans by likelihood
 
 Expected before the first run: short plans succeed, and success falls with the length of the plan;
 shuffled or absent actions are near the random policy; without the rollout loss long plans fail
@@ -21,16 +25,12 @@ sentence's tokens tell its fact. SIGReg and inverse dynamics matter where the en
 together with the transition model (EB-JEPA: 97 against 1), not where it is frozen.
 """
 import dataclasses
-import json
 import random
 import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch.nn import functional as F
 
-import data
 import tjepa
 import train
 from data.house import prepare as world
@@ -38,8 +38,8 @@ from labs import house
 from labs.arms import Flags, chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM
 from labs.house_gpt import GPTWorld
-from labs.runs import Arm, fit, model_of, open_run, plain
-from labs.tables import publish, tables
+from labs.house_model import speak, teach_speech, train_frozen, train_joint
+from labs.runs import Arm, model_of, open_run, plain
 
 @dataclasses.dataclass
 class Config(Arm):
@@ -89,178 +89,7 @@ ARMS = {
     "oracle": dict(policy="oracle"),
 }
 
-# -- the transition model --------------------------------------------------------------------------
-
-class Transition(nn.Module):
-    """Blocks of tjepa.py over the slots of a state and an action; the order of slots is free."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.state_proj = nn.Linear(cfg.n_embd, cfg.pred_embd)
-        self.action_proj = nn.Linear(cfg.n_embd, cfg.pred_embd)
-        blocks = (tjepa.Block(cfg.pred_embd, cfg.n_head) for _ in range(cfg.pred_layer))
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(cfg.pred_embd)
-        self.latent_proj = nn.Linear(cfg.pred_embd, cfg.n_embd)
-        # rotates by nothing: sentences have no order
-        rope = torch.ones(1, cfg.pred_embd // cfg.n_head // 2, dtype=torch.cfloat)
-        self.register_buffer("rope", rope, persistent=False)
-
-    def forward(self, slots, mask, action):
-        """slots (n, S, C), mask bool (n, S), action (n, C) -> next slots (n, S, C)."""
-        x = torch.cat((self.state_proj(slots), self.action_proj(action)[:, None]), dim=1)
-        mask = F.pad(mask, (0, 1), value=True)[:, None, None]           # (n, 1, 1, S+1)
-        for block in self.blocks:
-            x = block(x, self.rope, mask)
-        return self.latent_proj(self.norm(x[:, :-1]))
-
-class WorldModel(nn.Module):
-    """A transition model and an inverse one, on an encoder that is frozen or trained with them."""
-    init_weights = tjepa.TJEPA.init_weights
-    ema_update = tjepa.TJEPA.ema_update
-
-    def __init__(self, jepa):
-        super().__init__()
-        self.cfg = jepa.cfg
-        self.context_encoder = jepa.context_encoder
-        self.target_encoder = jepa.target_encoder
-        self.transition = Transition(jepa.cfg)
-        self.inverse = nn.Sequential(nn.Linear(2 * jepa.cfg.n_embd, jepa.cfg.pred_embd), nn.GELU(),
-                                     nn.Linear(jepa.cfg.pred_embd, len(world.ACTIONS)))
-        self.transition.apply(self.init_weights)
-        self.inverse.apply(self.init_weights)
-
-    def trained_in(self, phase):
-        """Phase "pretrain" of `train.fit` trains the encoder too, "distill" does not."""
-        parts = [self.transition, self.inverse]
-        return [self.context_encoder, *parts] if phase == "pretrain" else parts
-
-    def encode_sentences(self, tokens, encoder, top_k):
-        """Pooled latents of sentences (n, T), layer-normed: (n, C)."""
-        real = tokens != self.cfg.pad
-        positions = torch.arange(tokens.size(1))
-        latents = encoder(tokens, positions, real, top_k)
-        return tjepa.norm(tjepa.masked_mean(latents, real[..., None], 1))
-
-    def which_action(self, before, after, mask):
-        """Logits of the action (n, A) that led from slots before to slots after."""
-        both = self.inverse(torch.cat((before, after), dim=-1))         # (n, S, A)
-        return tjepa.masked_mean(both, mask[..., None], 1)
-
-def look_up(table, facts, wordings):
-    """Latents (..., C) of facts or actions, by number, in wordings; any for -1, no fact.
-
-    table (n, W, C), facts and wordings (...).
-    """
-    index = facts.clamp(min=0) * table.size(1) + wordings
-    # F.embedding and not table[...]: the backward of indexing is not deterministic.
-    return F.embedding(index, table.flatten(0, 1))
-
-def some_slots(mask):
-    """For half of the rows of mask (B, S) one random slot alone: as a goal is read."""
-    chance = torch.rand(mask.shape).masked_fill(~mask, -1)
-    alone = F.one_hot(chance.argmax(1), mask.size(1)).bool()
-    return torch.where(torch.rand(len(mask), 1) < 0.5, alone, mask)
-
-def rollout_loss(model, cfg, latents, facts, actions):
-    """Teacher forcing, and a rollout of K = cfg.rollout steps -> (loss, stats).
-
-    facts (B, K+1, S), actions (B, K). What is read has a random wording in each slot, and noise,
-    because predicted states are inexact. What is predicted is the mean over the trained wordings.
-    """
-    B, K = actions.shape
-    mask = facts[:, 0] >= 0                                             # (B, S)
-    read = look_up(latents.read, facts, torch.randint(house.HELD_OUT, facts.shape))
-    read = read + cfg.noise * torch.randn_like(read)                    # (B, K+1, S, C)
-    target = F.embedding(facts.clamp(min=0), latents.centres())
-    said = look_up(latents.actions, actions, torch.randint(house.HELD_OUT, actions.shape))
-    if cfg.given == "shuffled":
-        said = said[torch.randperm(B)]                                  # (B, K, C)
-    if cfg.given == "none":
-        said = torch.zeros_like(said)
-
-    def distance(predicted, step, mask):
-        """Mean square error of the slots that are in a mask."""
-        error = (predicted - target[:, step]).square().mean(-1)
-        return tjepa.masked_mean(error, mask, (0, 1))
-
-    # 1. teacher forcing: each step from the true state
-    forced = [model.transition(read[:, k], mask, said[:, k]) for k in range(K)]
-    loss = sum(distance(predicted, k + 1, mask) for k, predicted in enumerate(forced)) / K
-    stats = dict(latent=loss)
-    # 2. rollout: each step but the first from the predicted state
-    state = forced[0]
-    for k in range(1, K):
-        state = model.transition(state, mask, said[:, k])
-        loss = loss + distance(state, k + 1, mask) / (K - 1)
-    # 3. without action: the same state in any wording; so are states and goals read in planning
-    looked_at = some_slots(mask)
-    same = model.transition(read[:, 0], looked_at, torch.zeros_like(said[:, 0]))
-    loss = loss + distance(same, 0, looked_at)
-    # 4. inverse dynamics: which action was it?
-    if cfg.inverse:
-        logits = model.which_action(read[:, 0], forced[0], mask)
-        loss = loss + cfg.inverse * F.cross_entropy(logits, actions[:, 0])
-    stats["r2"] = tjepa.r_squared(
-        forced[0].flatten(0, 1).detach(), target[:, 1].flatten(0, 1), mask.flatten())
-    return loss, {name: value.detach() for name, value in stats.items()}
-
-def draw_walks(cfg, batch):
-    """Random parts of trajectories: facts (B, K+1, S), actions (B, K)."""
-    states, actions = house.walks(cfg.trajectories)
-    which = torch.randint(len(states), (batch, 1))
-    start = torch.randint(actions.size(1) - cfg.rollout + 1, (batch, 1))
-    steps = start + torch.arange(cfg.rollout + 1)
-    return states[which, steps], actions[which, steps[:, :-1]]
-
-def train_frozen(run, cfg):
-    """The transition model on a frozen encoder: (transition, latents)."""
-    latents = house.latents_of(run.model, run.corpus.tokenizer, cfg.block_size)
-    model = WorldModel(run.model)
-
-    def loss_at(progress):
-        """Loss of random parts of trajectories."""
-        return rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
-    fit(run._replace(model=model), "distill", loss_at)
-    return model.transition.eval(), latents
-
-def train_joint(run, cfg):
-    """Encoder and transition model together: phase 1 whose spans are next states.
-
-    The transition model reads the context encoder's last layer, and predicts the target encoder's
-    mean of layers. In a rollout it reads its own predictions instead: both pass one input map,
-    and the rollout loss teaches it that they mean the same.
-    """
-    model = WorldModel(run.model)
-    tokenizer = run.corpus.tokenizer
-    facts = house.sentences(tokenizer, world.say_fact, world.FACTS, cfg.block_size)
-    actions = house.sentences(tokenizer, world.say_action, world.ACTIONS, cfg.block_size)
-    known = house.seen_facts().repeat_interleave(world.N_WORDINGS)
-    known &= (torch.arange(world.N_WORDINGS) < house.HELD_OUT).repeat(len(world.FACTS))
-
-    def latents_now():
-        """`house.Latents` of the encoders as they are; the context encoder's have a gradient."""
-        with torch.no_grad():
-            target = model.encode_sentences(facts, model.target_encoder, cfg.top_k)
-        both = model.encode_sentences(torch.cat((facts, F.pad(
-            actions, (0, facts.size(1) - actions.size(1)), value=model.cfg.pad))),
-            model.context_encoder, 1)
-        read, said = both.split((len(facts), len(actions)))
-        tables = (part.unflatten(0, (-1, world.N_WORDINGS)) for part in (target, read, said))
-        return house.Latents(*tables)
-
-    def loss_at(progress):
-        """Loss of random parts of trajectories, and SIGReg of the sentences of the text."""
-        latents = latents_now()
-        loss, stats = rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
-        if cfg.sigreg:
-            loss = loss + cfg.sigreg * tjepa.sigreg(latents.read.flatten(0, 1)[known])
-        return loss, stats
-    fit(run._replace(model=model), "pretrain", loss_at)
-    with torch.no_grad():
-        return model.transition.eval(), latents_now()
-
-# -- phases 1 and 3 --------------------------------------------------------------------------------
+# -- phase 1 ---------------------------------------------------------------------------------------
 
 # what phase 1 does not depend on
 LATER = "noise distill_steps distill_lr speak_steps speak_lr qa_batch_size eval_every".split()
@@ -284,33 +113,6 @@ def open_encoder(cfg, corpus):
     run = open_run(dataclasses.replace(cfg, out=str(folder), pretrain_steps=steps), corpus)
     kept = {name: figures[name] for name in ("val_r2", "rank", "health") if name in figures}
     return run._replace(cfg=plain(cfg)), {} if cfg.joint else kept
-
-def teach_speech(run, cfg, latents):
-    """Phase 3 on states: latents of sentences of the text -> the first wording of their fact."""
-    tokenizer = run.corpus.tokenizer
-    seen = house.seen_facts().nonzero()[:, 0]
-    first = [" " + world.say_fact(fact) for fact in world.FACTS]
-    answers = data.pack(tokenizer, first, cfg.answer_size - 1, "--answer_size")
-    answers = F.pad(answers, (0, 1), value=tokenizer.pad)
-    ends = (answers != tokenizer.pad).sum(1, keepdim=True)
-    answers = answers.scatter(1, ends, tokenizer.eos)                   # (F, L)
-    centres = latents.centres()
-    model = run.model
-
-    def loss_at(progress):
-        """Loss of random sentences: half of them in a wording, half as the mean of the wordings."""
-        fact = seen[torch.randint(len(seen), (cfg.qa_batch_size,))]
-        worded = latents.facts[fact, torch.randint(house.HELD_OUT, fact.shape)]
-        latent = torch.where(torch.rand(len(fact), 1) < 0.5, worded, centres[fact])
-        thought = tjepa.Thought(latent, latent[:, None], torch.ones(len(fact), 1).bool())
-        return model.speak_loss(thought, answers[fact], centres[fact], alpha=0.0)
-    fit(run, "speak", loss_at)
-
-def speak(run, slots):
-    """Sentences of latents (n, C): a list of n strings."""
-    thought = tjepa.Thought(slots, slots[:, None], torch.ones(len(slots), 1).bool())
-    ids = torch.stack(list(run.model.speak(thought)), dim=1)
-    return [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
 
 # -- figures ---------------------------------------------------------------------------------------
 

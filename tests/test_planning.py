@@ -1,4 +1,4 @@
-"""The house obeys its rules, nothing that is held out is in its text, and the search finds plans."""
+"""The house obeys its rules, what is held out is not in its text, and the search finds plans."""
 import dataclasses
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.house import prepare as world
-from labs import house, planning
+from labs import house, house_model, planning
 from labs.house_gpt import GPTWorld
 
 N = 60                      # trajectories of a small text
@@ -178,7 +178,7 @@ SMALL = dataclasses.replace(planning.BASE, n_embd=16, pred_embd=16, n_layer=1, t
 def transition():
     """A random transition model."""
     torch.manual_seed(0)
-    return planning.Transition(SMALL)
+    return house_model.Transition(SMALL)
 
 
 def test_a_slot_that_is_not_used_changes_no_other_slot():
@@ -212,7 +212,7 @@ def test_without_actions_the_loss_knows_nothing_of_them():
         cfg = dataclasses.replace(SMALL, given=given)
         for i, done in enumerate(actions):
             torch.manual_seed(1)
-            losses[given, i] = planning.rollout_loss(Model, cfg, latents, states, done)[0]
+            losses[given, i] = house_model.rollout_loss(Model, cfg, latents, states, done)[0]
     assert losses["none", 0] == losses["none", 1]
     assert losses["actions", 0] != losses["actions", 1]
 
