@@ -115,8 +115,8 @@ def rollout_loss(model, cfg, latents, facts, actions):
 
     # 1. teacher forcing: each step from the true state
     forced = [model.transition(read[:, k], mask, said[:, k]) for k in range(K)]
-    loss = sum(distance(predicted, k + 1, mask) for k, predicted in enumerate(forced)) / K
-    stats = dict(latent=loss)
+    forced_loss = sum(distance(predicted, k + 1, mask) for k, predicted in enumerate(forced)) / K
+    loss = forced_loss
     # 2. rollout: each step but the first from the predicted state
     state = forced[0]
     for k in range(1, K):
@@ -130,9 +130,7 @@ def rollout_loss(model, cfg, latents, facts, actions):
     if cfg.inverse:
         logits = model.which_action(read[:, 0], forced[0], mask)
         loss = loss + cfg.inverse * F.cross_entropy(logits, actions[:, 0])
-    stats["r2"] = tjepa.r_squared(
-        forced[0].flatten(0, 1).detach(), target[:, 1].flatten(0, 1), mask.flatten())
-    return loss, {name: value.detach() for name, value in stats.items()}
+    return loss, dict(latent=forced_loss.detach())
 
 def draw_walks(cfg, batch):
     """Random parts of trajectories: facts (B, K+1, S), actions (B, K)."""

@@ -33,8 +33,8 @@ UNSEEN = {("ball", "garden"), ("book", "attic"), ("lamp", "garage"), ("cup", "st
 
 # The last wording of each is held out: its words are known, their combination is not.
 IN_ROOM = ("The {a} is in the {b}.", "The {b} is where the {a} is.",
-           "There is the {a}, in the {b}.", "In the {b} there is the {a}.", "It is in the {b} that the {a} is.",
-           "In the {b} is the {a}.")
+           "There is the {a}, in the {b}.", "In the {b} there is the {a}.",
+           "It is in the {b} that the {a} is.", "In the {b} is the {a}.")
 IN_HAND = ("The robot carries the {a}.", "The {a} is carried by the robot.",
            "It is the {a} that the robot carries.", "There is the {a}, carried by the robot.",
            "The {a} is what the robot carries.", "By the robot the {a} is carried.")
