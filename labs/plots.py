@@ -223,11 +223,29 @@ def speed(step, answer, rows):
     for axis in (step, answer):
         axis.axhline(1, color="0.3", linestyle="--")
 
+def planning(length, drift, rows):
+    """Success by the length of the shortest plan, and imagined states against the steps."""
+    colours = {"world model": BLUE, "shuffled actions": RED, "GPT": PURPLE,
+               "random possible actions": GREEN, "random-init encoder": ORANGE}
+    for arm in arms_of("planning", 0):
+        points = {x: over_seeds(rows, arm, f"success_{name}")
+                  for x, name in enumerate(("1_3", "4_6", "7_8"))}
+        curve(length, points, arm, colours.get(arm))
+        points = {k: over_seeds(rows, arm, f"spoken_{k}") for k in (1, 3, 5)}
+        if any(points.values()):
+            curve(drift, points, None, colours.get(arm))
+    length.set_xticks(range(3), ("1 to 3", "4 to 6", "7 to 8"))
+    length.set(xlabel="actions of the shortest plan", ylabel="success, share of tasks",
+               ylim=(-.03, 1.03))
+    drift.set(xlabel="imagined steps", xticks=(1, 3, 5), ylim=(-.03, 1.03),
+              ylabel="states spoken without error, share")
+
 # lab -> how to draw it, the number of panels, the size in inches
 PLOTS = {"collapse": (collapse, 1, (8, 5.5)), "pretraining": (pretraining, 2, (9, 4.6)),
          "hierarchy": (hierarchy, 2, (9, 4.6)), "facts": (facts, 2, (10, 4.5)),
          "speaking": (speaking, 3, (13, 4.4)), "distillation": (distillation, 1, (10, 5)),
-         "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6))}
+         "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6)),
+         "planning": (planning, 2, (9, 4.6))}
 
 def write_page(lab):
     """Write the plot and the tables of a page."""

@@ -1,0 +1,309 @@
+"""
+The house of data/house for the planning lab: its text, its latents, and the search for plans.
+
+    texts       the corpus of phase 1, and trajectories as numbers of facts and actions
+    latents     one pooled latent a sentence, so that a state of n facts has n slots
+    search      imagined states are expanded action by action; the energy is the distance to a goal
+    episodes    plan, act, look again, until the goal is true or the actions are used up
+
+Shapes: n states, S = 4 slots, A = 16 actions, F = 65 facts, W = 6 wordings, C width of a latent.
+"""
+import functools
+import hashlib
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+import tjepa
+from data.house import prepare as world
+from labs.measures import features
+
+N_SLOTS = 4                 # the robot and up to three objects
+HELD_OUT = world.HELD_OUT
+TRAINED = range(HELD_OUT)
+TRAJECTORIES = 2000
+
+# -- texts -----------------------------------------------------------------------------------------
+
+@functools.cache
+def corpus_of(block_size, vocab_size, n=TRAJECTORIES):
+    """The text of n trajectories as a `data.Corpus`; the last twentieth of it is held out."""
+    texts = [" " + text for text in world.documents(n)]
+    tokenizer = data.Tokenizer(data.train_bpe("\n".join(texts[:3000]), vocab_size - 4))
+    rows = [row + [tokenizer.eos] for row in tokenizer.encode_batch(texts)]
+    cut = len(rows) * 19 // 20
+    parts = []
+    for name, part in (("training", rows[:cut]), ("held-out", rows[cut:])):
+        tokens = np.concatenate([np.array(row, dtype=np.uint16) for row in part])
+        parts.append(data.Text(tokens, block_size, tokenizer, f"data/house, its {name} part"))
+    fingerprint = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return data.Corpus(tokenizer, *parts, qa=[], cloze=[], values={}, fingerprint=fingerprint)
+
+def numbers(state):
+    """A state as numbers of facts, -1 in the slots that it does not need: a list of S."""
+    found = [world.NUMBER[fact] for fact in state.facts()]
+    return found + [-1] * (N_SLOTS - len(found))
+
+@functools.cache
+def walks(n=TRAJECTORIES):
+    """Trajectories as numbers: facts (n, steps+1, S) and actions (n, steps)."""
+    found = world.trajectories(n)
+    states = torch.tensor([[numbers(state) for state in states] for states, _ in found])
+    number = {action: i for i, action in enumerate(world.ACTIONS)}
+    actions = torch.tensor([[number[action] for action in actions] for _, actions in found])
+    return states, actions
+
+# -- latents ---------------------------------------------------------------------------------------
+
+def sentences(tokenizer, said, many, block_size):
+    """All sentences of facts or actions, in each wording, as tokens (many * W, T), padded."""
+    texts = [" " + said(one, wording) for one in many for wording in range(world.N_WORDINGS)]
+    return data.pack(tokenizer, texts, block_size, "--block_size")
+
+class Latents(NamedTuple):
+    """The latents of all facts and actions, a sentence each."""
+    facts: torch.Tensor         # (F, W, C) as targets and goals
+    read: torch.Tensor          # (F, W, C) as the predictor reads them
+    actions: torch.Tensor       # (A, W, C)
+
+    def centres(self):
+        """The mean latent of each fact over the trained wordings, (F, C)."""
+        return self.facts[:, :HELD_OUT].mean(1)
+
+def seen_facts():
+    """Which facts the text contains: bool (F,)."""
+    return torch.tensor([fact not in world.UNSEEN for fact in world.FACTS])
+
+@torch.no_grad()
+def latents_of(model, tokenizer, block_size):
+    """`Latents` of a frozen model: pooled, layer-normed, standardised over the sentences read.
+
+    As in phase 2 each dimension gets mean 0 and deviation 1: over the facts of the text.
+    """
+    pooled = []
+    for said, many in ((world.say_fact, world.FACTS), (world.say_action, world.ACTIONS)):
+        tokens = sentences(tokenizer, said, many, block_size)
+        rows = tjepa.norm(features(model, tokens))
+        pooled.append(rows.unflatten(0, (-1, world.N_WORDINGS)))        # (F or A, W, C)
+    facts, actions = pooled
+    known = facts[seen_facts(), :HELD_OUT].flatten(0, 1)
+    mean, std = known.mean(0), known.std(0).clamp(min=1e-3)
+    facts = (facts - mean) / std
+    return Latents(facts, facts, (actions - mean) / std)
+
+# -- search ----------------------------------------------------------------------------------------
+
+class Imagined(NamedTuple):
+    """Imagined states: latents and the slots that are used."""
+    slots: torch.Tensor         # (n, S, C)
+    mask: torch.Tensor          # (n, S)
+
+class LatentWorld:
+    """States are imagined by a transition model on latents.
+
+    transition: (slots (n, S, C), mask (n, S), actions (n, C)) -> next slots (n, S, C).
+    """
+
+    def __init__(self, transition, latents, wording=0):
+        """wording: in which the planner names its actions."""
+        self.transition = transition
+        self.latents = latents
+        self.actions = latents.actions[:, wording]                      # (A, C)
+        # The distance at which two facts of the text are told apart: the median, over facts, of
+        # the distance to the nearest other fact.
+        centres = latents.centres()[seen_facts()]
+        apart = torch.cdist(centres, centres).square() / centres.size(1)
+        apart = apart + torch.eye(len(apart)) * apart.max()
+        between = apart.min(1).values.median().item()
+        # Two states are one below a quarter of that distance (squared: a sixteenth). A goal is
+        # reached below half of it.
+        self.same = between / 16
+        self.reached = between / 4
+
+    @torch.no_grad()
+    def look(self, slots, mask):
+        """What sentences say in any wording: the transition without action, slots (n, S, C)."""
+        return self.transition(slots, mask, torch.zeros_like(slots[:, 0]))
+
+    def begin(self, state, wordings):
+        """The state as it is read, one wording for each of its sentences."""
+        facts = [world.NUMBER[fact] for fact in state.facts()]
+        slots = torch.zeros(1, N_SLOTS, self.latents.read.size(-1))
+        slots[0, :len(facts)] = self.latents.read[facts, wordings[:len(facts)]]
+        mask = torch.arange(N_SLOTS)[None] < len(facts)
+        return Imagined(self.look(slots, mask), mask)
+
+    def goal(self, fact, wording):
+        """The latent of the goal's sentence, whatever its wording: (C,)."""
+        slot = self.latents.read[world.NUMBER[fact], wording][None, None]
+        return self.look(slot, torch.ones(1, 1, dtype=torch.bool))[0, 0]
+
+    @torch.no_grad()
+    def expand(self, states):
+        """Each state after each action: n states -> n * A, the actions of a state in a row."""
+        n, n_actions = len(states.slots), len(self.actions)
+        slots = states.slots.repeat_interleave(n_actions, 0)
+        mask = states.mask.repeat_interleave(n_actions, 0)
+        return Imagined(self.transition(slots, mask, self.actions.repeat(n, 1)), mask)
+
+    def energy(self, states, goal):
+        """Distance of the nearest slot to the goal, mean square: (n,)."""
+        error = (states.slots - goal).square().mean(-1)                 # (n, S)
+        return error.masked_fill(~states.mask, torch.inf).min(1).values
+
+    def take(self, states, which):
+        """Some of the states."""
+        return Imagined(*(part[which] for part in states))
+
+    def join(self, states, others):
+        """Two sets of states as one."""
+        return Imagined(*(torch.cat(parts) for parts in zip(states, others)))
+
+    def flat(self, states):
+        """The slots of each state as one vector, empty ones 0: (n, S*C)."""
+        return (states.slots * states.mask[..., None]).flatten(1)
+
+    def new(self, states, known=None):
+        """Which states differ from all before them, and from the known ones: bool (n,)."""
+        flat = self.flat(states)                                        # (n, S*C)
+        width = states.slots.size(-1)
+        alike = torch.cdist(flat, flat).square() / width < self.same
+        first = ~alike.tril(-1).any(1)
+        if known is not None:
+            nearest = torch.cdist(flat, self.flat(known)).min(1).values
+            first &= nearest.square() / width >= self.same
+        return first
+
+def search(imagination, state, goal, depth=8, beam=32, cost="closest"):
+    """Plan from a state to a goal: (actions as numbers, energy along the plan).
+
+    Breadth-first while a layer has fewer than `beam` states, then the `beam` nearest to the goal.
+
+    cost    closest: the energy of the nearest state on the way. States that were imagined before
+                     are dropped, and the search ends when one has reached the goal.
+            last:    the energy of the last of `depth` states
+            sum:     the energies of all of them
+    """
+    layer, paths, energies = state, [()], [()]
+    total = torch.zeros(1)
+    known = state
+    found = []                      # (energy, path, energies) of the best state of each layer
+    for _ in range(depth):
+        states = imagination.expand(layer)
+        energy = imagination.energy(states, goal)
+        n_actions = len(energy) // len(paths)
+        so_far = total.repeat_interleave(n_actions) + energy            # (n * A,)
+        order = (so_far if cost == "sum" else energy).argsort(stable=True)
+        states = imagination.take(states, order)
+        fresh = imagination.new(states, known if cost == "closest" else None)
+        kept = order[fresh][:beam]
+        if len(kept) == 0:
+            break
+        layer = imagination.take(states, fresh.nonzero()[:beam, 0])
+        total, energy = so_far[kept], energy[kept]
+        before = [divmod(i, n_actions) for i in kept.tolist()]
+        energies = [(*energies[i], e) for (i, _), e in zip(before, energy.tolist())]
+        paths = [(*paths[i], action) for i, action in before]
+        best = (total if cost == "sum" else energy).argmin().item()
+        found.append((energies[best][-1], paths[best], energies[best]))
+        if cost == "closest":
+            if energy[best] < imagination.reached:
+                break
+            known = imagination.join(known, layer)
+    if not found:
+        return (), ()
+    if cost != "closest":
+        return found[-1][1:]
+    # the shortest of the plans that come about as near as any: noise must not cause a detour
+    least = min(energy for energy, _, _ in found)
+    return next(plan for energy, *plan in found if energy <= least + imagination.same)
+
+# -- episodes --------------------------------------------------------------------------------------
+
+class Task(NamedTuple):
+    """A start, a goal (one fact), and the length of the shortest plan."""
+    start: world.State
+    goal: tuple
+    shortest: int
+
+BINS = {"1_3": (1, 3), "4_6": (4, 6), "7_8": (7, 8)}
+
+def holds_unseen(state):
+    """Has a state a combination of object and room that the text never has?"""
+    return any(fact in world.UNSEEN for fact in state.facts())
+
+@functools.cache
+def tasks(name, n, unseen=False, seed=1000):
+    """n held-out tasks whose shortest plan has a length in BINS[name].
+
+    Goals are moves of an object that the text never makes, and for short plans also places of
+    the robot and objects in its hand. No start is a state of the text. unseen: the goal is a
+    combination of object and room that the text never has.
+    """
+    random_ = random.Random(f"{seed} {name} {unseen}")
+    text = {state for states, _ in world.trajectories(TRAJECTORIES) for state in states}
+    low, high = BINS[name]
+    found = []
+    while len(found) < n:
+        start = world.draw_state(random_)
+        goal = (random_.choice(start.places)[0], random_.choice(world.ROOMS))
+        if unseen:
+            goal = random_.choice(sorted(world.UNSEEN))
+        elif high <= 3 and random_.random() < 0.6:
+            others = [("robot", goal[1]), (goal[0], world.HAND)]
+            goal = random_.choice(others)
+        source = dict(start.facts()).get(goal[0])
+        if source is None or start in text or goal in start.facts():
+            continue
+        move = goal[0] != "robot" and goal[1] != world.HAND
+        if move and not unseen and (goal in world.UNSEEN
+                                    or not world.held_out_move(goal[0], source, goal[1])):
+            continue
+        plan = world.shortest_plan(start, goal, high)
+        if plan and low <= len(plan) <= high:
+            found.append(Task(start, goal, len(plan)))
+    return found
+
+def succeeds(policy, task):
+    """Is the goal true after at most twice as many actions as the shortest plan has?
+
+    policy: (state, goal) -> action, called anew after each action.
+    """
+    state = task.start
+    for _ in range(2 * task.shortest):
+        state = world.step(state, policy(state, task.goal))
+        if task.goal in state.facts():
+            return True
+    return False
+
+def success(policy, some):
+    """The share of tasks in which a policy succeeds."""
+    return sum(succeeds(policy, task) for task in some) / len(some)
+
+def planner(imagination, wordings=None, seed=0, **settings):
+    """A policy that searches and takes the first action of the plan.
+
+    wordings: of states and goals; by default a random trained one for each sentence.
+    """
+    random_ = random.Random(seed)
+
+    def policy(state, goal):
+        """The first action of the plan; a plan that is empty takes the first action there is."""
+        drawn = [random_.choice(wordings or TRAINED) for _ in range(N_SLOTS + 1)]
+        begin = imagination.begin(state, drawn[1:])
+        plan, _ = search(imagination, begin, imagination.goal(goal, drawn[0]), **settings)
+        return world.ACTIONS[plan[0] if plan else 0]
+    return policy
+
+def oracle(state, goal):
+    """The first action of a shortest plan in the true house."""
+    plan = world.shortest_plan(state, goal)
+    return plan[0] if plan else world.ACTIONS[0]
+
+def at_random(seed, sensible=False):
+    """A policy of random actions; sensible: of those that change something."""
+    random_ = random.Random(seed)
+    return lambda state, goal: random_.choice(world.possible(state) if sensible else world.ACTIONS)

@@ -1,0 +1,216 @@
+"""
+The world model of the planning lab: what an action does to the latents of a state.
+
+    Transition      latents of a state, latent of an action -> latents of the next state
+    train_frozen    on an encoder that phase 1 has trained and that stays as it is
+    train_joint     together with the encoder
+    teach_speech    phase 3: the decoder says a latent
+
+cfg is a `labs.planning.Config`. Shapes as in labs/house.py; B rows, K steps of a rollout.
+"""
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import data
+import tjepa
+from data.house import prepare as world
+from labs import house
+from labs.runs import fit
+
+# -- the transition model --------------------------------------------------------------------------
+
+class Transition(nn.Module):
+    """Blocks of tjepa.py over the slots of a state and an action; the order of slots is free."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.state_proj = nn.Linear(cfg.n_embd, cfg.pred_embd)
+        self.action_proj = nn.Linear(cfg.n_embd, cfg.pred_embd)
+        blocks = (tjepa.Block(cfg.pred_embd, cfg.n_head) for _ in range(cfg.pred_layer))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(cfg.pred_embd)
+        self.latent_proj = nn.Linear(cfg.pred_embd, cfg.n_embd)
+        # rotates by nothing: sentences have no order
+        rope = torch.ones(1, cfg.pred_embd // cfg.n_head // 2, dtype=torch.cfloat)
+        self.register_buffer("rope", rope, persistent=False)
+
+    def forward(self, slots, mask, action):
+        """slots (n, S, C), mask bool (n, S), action (n, C) -> next slots (n, S, C)."""
+        x = torch.cat((self.state_proj(slots), self.action_proj(action)[:, None]), dim=1)
+        mask = tjepa.additive(F.pad(mask, (0, 1), value=True))          # (n, 1, 1, S+1)
+        for block in self.blocks:
+            x = block(x, self.rope, mask)
+        return self.latent_proj(self.norm(x[:, :-1]))
+
+class WorldModel(nn.Module):
+    """A transition model and an inverse one, on an encoder that is frozen or trained with them."""
+    init_weights = tjepa.TJEPA.init_weights
+    ema_update = tjepa.TJEPA.ema_update
+
+    def __init__(self, jepa):
+        super().__init__()
+        self.cfg = jepa.cfg
+        self.context_encoder = jepa.context_encoder
+        self.target_encoder = jepa.target_encoder
+        self.transition = Transition(jepa.cfg)
+        self.inverse = nn.Sequential(nn.Linear(2 * jepa.cfg.n_embd, jepa.cfg.pred_embd), nn.GELU(),
+                                     nn.Linear(jepa.cfg.pred_embd, len(world.ACTIONS)))
+        self.transition.apply(self.init_weights)
+        self.inverse.apply(self.init_weights)
+
+    def trained_in(self, phase):
+        """Phase "pretrain" of `train.fit` trains the encoder too, "distill" does not."""
+        parts = [self.transition, self.inverse]
+        return [self.context_encoder, *parts] if phase == "pretrain" else parts
+
+    def encode_sentences(self, tokens, encoder, top_k):
+        """Pooled latents of sentences (n, T), layer-normed: (n, C)."""
+        real = tokens != self.cfg.pad
+        positions = torch.arange(tokens.size(1))
+        latents = encoder(tokens, positions, real, top_k)
+        return tjepa.norm(tjepa.masked_mean(latents, real[..., None], 1))
+
+    def which_action(self, before, after, mask):
+        """Logits of the action (n, A) that led from slots before to slots after."""
+        both = self.inverse(torch.cat((before, after), dim=-1))         # (n, S, A)
+        return tjepa.masked_mean(both, mask[..., None], 1)
+
+def look_up(table, facts, wordings):
+    """Latents (..., C) of facts or actions, by number, in wordings; any for -1, no fact.
+
+    table (n, W, C), facts and wordings (...).
+    """
+    index = facts.clamp(min=0) * table.size(1) + wordings
+    # F.embedding and not table[...]: the backward of indexing is not deterministic.
+    return F.embedding(index, table.flatten(0, 1))
+
+def some_slots(mask):
+    """For half of the rows of mask (B, S) one random slot alone: as a goal is read."""
+    chance = torch.rand(mask.shape).masked_fill(~mask, -1)
+    alone = F.one_hot(chance.argmax(1), mask.size(1)).bool()
+    return torch.where(torch.rand(len(mask), 1) < 0.5, alone, mask)
+
+def rollout_loss(model, cfg, latents, facts, actions):
+    """Teacher forcing, and a rollout of K = cfg.rollout steps -> (loss, stats).
+
+    facts (B, K+1, S), actions (B, K). What is read has a random wording in each slot, and noise,
+    because predicted states are inexact. What is predicted is the mean over the trained wordings.
+    """
+    B, K = actions.shape
+    mask = facts[:, 0] >= 0                                             # (B, S)
+    read = look_up(latents.read, facts, torch.randint(house.HELD_OUT, facts.shape))
+    read = read + cfg.noise * torch.randn_like(read)                    # (B, K+1, S, C)
+    target = F.embedding(facts.clamp(min=0), latents.centres())
+    said = look_up(latents.actions, actions, torch.randint(house.HELD_OUT, actions.shape))
+    if cfg.given == "shuffled":
+        said = said[torch.randperm(B)]                                  # (B, K, C)
+    if cfg.given == "none":
+        said = torch.zeros_like(said)
+
+    def distance(predicted, step, mask):
+        """Mean square error of the slots that are in a mask."""
+        error = (predicted - target[:, step]).square().mean(-1)
+        return tjepa.masked_mean(error, mask, (0, 1))
+
+    # 1. teacher forcing: each step from the true state
+    forced = [model.transition(read[:, k], mask, said[:, k]) for k in range(K)]
+    forced_loss = sum(distance(predicted, k + 1, mask) for k, predicted in enumerate(forced)) / K
+    loss = forced_loss
+    # 2. rollout: each step but the first from the predicted state
+    state = forced[0]
+    for k in range(1, K):
+        state = model.transition(state, mask, said[:, k])
+        loss = loss + distance(state, k + 1, mask) / (K - 1)
+    # 3. without action: the same state in any wording; so are states and goals read in planning
+    looked_at = some_slots(mask)
+    same = model.transition(read[:, 0], looked_at, torch.zeros_like(said[:, 0]))
+    loss = loss + distance(same, 0, looked_at)
+    # 4. inverse dynamics: which action was it?
+    if cfg.inverse:
+        logits = model.which_action(read[:, 0], forced[0], mask)
+        loss = loss + cfg.inverse * F.cross_entropy(logits, actions[:, 0])
+    return loss, dict(latent=forced_loss.detach())
+
+def draw_walks(cfg, batch):
+    """Random parts of trajectories: facts (B, K+1, S), actions (B, K)."""
+    states, actions = house.walks(cfg.trajectories)
+    which = torch.randint(len(states), (batch, 1))
+    start = torch.randint(actions.size(1) - cfg.rollout + 1, (batch, 1))
+    steps = start + torch.arange(cfg.rollout + 1)
+    return states[which, steps], actions[which, steps[:, :-1]]
+
+def train_frozen(run, cfg):
+    """The transition model on a frozen encoder: (transition, latents)."""
+    latents = house.latents_of(run.model, run.corpus.tokenizer, cfg.block_size)
+    model = WorldModel(run.model)
+
+    def loss_at(progress):
+        """Loss of random parts of trajectories."""
+        return rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
+    fit(run._replace(model=model), "distill", loss_at)
+    return model.transition.eval(), latents
+
+def train_joint(run, cfg):
+    """Encoder and transition model together: phase 1 whose spans are next states.
+
+    The transition model reads the context encoder's last layer, and predicts the target encoder's
+    mean of layers. In a rollout it reads its own predictions instead: both pass one input map,
+    and the rollout loss teaches it that they mean the same.
+    """
+    model = WorldModel(run.model)
+    tokenizer = run.corpus.tokenizer
+    facts = house.sentences(tokenizer, world.say_fact, world.FACTS, cfg.block_size)
+    actions = house.sentences(tokenizer, world.say_action, world.ACTIONS, cfg.block_size)
+    in_text = house.seen_facts()[:, None] & (torch.arange(world.N_WORDINGS) < house.HELD_OUT)
+    known = in_text.flatten().nonzero()[:, 0]
+
+    def latents_now():
+        """`house.Latents` of the encoders as they are; the context encoder's have a gradient."""
+        with torch.no_grad():
+            target = model.encode_sentences(facts, model.target_encoder, cfg.top_k)
+        read = model.encode_sentences(facts, model.context_encoder, 1)
+        said = model.encode_sentences(actions, model.context_encoder, 1)
+        tables = (part.unflatten(0, (-1, world.N_WORDINGS)) for part in (target, read, said))
+        return house.Latents(*tables)
+
+    def loss_at(progress):
+        """Loss of random parts of trajectories, and SIGReg of the sentences of the text."""
+        latents = latents_now()
+        loss, stats = rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
+        if cfg.sigreg:
+            sentences = F.embedding(known, latents.read.flatten(0, 1))
+            loss = loss + cfg.sigreg * run.model.sigreg(sentences)
+        return loss, stats
+    fit(run._replace(model=model), "pretrain", loss_at)
+    with torch.no_grad():
+        return model.transition.eval(), latents_now()
+
+# -- speech ----------------------------------------------------------------------------------------
+
+def teach_speech(run, cfg, latents):
+    """Phase 3 on states: latents of sentences of the text -> the first wording of their fact."""
+    tokenizer = run.corpus.tokenizer
+    seen = house.seen_facts().nonzero()[:, 0]
+    first = [" " + world.say_fact(fact) for fact in world.FACTS]
+    answers = data.pack(tokenizer, first, cfg.answer_size - 1, "--answer_size")
+    answers = F.pad(answers, (0, 1), value=tokenizer.pad)
+    ends = (answers != tokenizer.pad).sum(1, keepdim=True)
+    answers = answers.scatter(1, ends, tokenizer.eos)                   # (F, L)
+    centres = latents.centres()
+    model = run.model
+
+    def loss_at(progress):
+        """Loss of random sentences: half of them in a wording, half as the mean of the wordings."""
+        fact = seen[torch.randint(len(seen), (cfg.qa_batch_size,))]
+        worded = latents.facts[fact, torch.randint(house.HELD_OUT, fact.shape)]
+        latent = torch.where(torch.rand(len(fact), 1) < 0.5, worded, centres[fact])
+        thought = tjepa.Thought(latent, latent[:, None], torch.ones(len(fact), 1).bool())
+        return model.speak_loss(thought, answers[fact], centres[fact], alpha=0.0)
+    fit(run, "speak", loss_at)
+
+def speak(run, slots):
+    """Sentences of latents (n, C): a list of n strings."""
+    thought = tjepa.Thought(slots, slots[:, None], torch.ones(len(slots), 1).bool())
+    ids = torch.stack(list(run.model.speak(thought)), dim=1)
+    return [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
