@@ -91,7 +91,7 @@ class Config(tjepa.Config):
     alpha_start: float = 0.5    # weight of the latent loss in phase 3, falls to 0; v2.0: 0
     question_noise: float = 0.5 # share of phase 2's questions written as people type
     made_up: float = 0.2        # share of phase 2's questions about made-up subjects: thought 0
-    echo: float = 0.75          # share of phase 3's rows that are answer latent -> answer
+    echo: float = 0.95          # share of phase 3's rows that are answer latent -> answer
     eval_every: int = 400       # steps between evaluations, checkpoints and redrawn curves
 
     def __post_init__(self):
