@@ -140,9 +140,10 @@ def hierarchy(one, all_levels, rows):
 
 def facts(taught, read, rows):
     """What was taught in latent space alone, and what was only read."""
-    arms = arms_of("facts", 0) + ["LAT told as tokens", "shuffled L_a", "distill_steps=0"]
+    former = ["LAT told as tokens", "shuffled L_a", "distill_steps=0"]
+    arms = [*arms_of("facts", 0), *arms_of("facts", 3), *(f"former: {name}" for name in former)]
     colours = {"default": BLUE, "recipe=latent": RED, "masked LM": GREEN, "GPT": PURPLE,
-               "random-init encoder": ORANGE}
+               "default from random-init encoder": ORANGE}
     dots(taught, rows, arms, "em_LAT_heldout", colours)
     dots(read, rows, arms, "em_TXT_heldout", colours)
     taught.set(title="LAT: taught in latent space alone")
@@ -240,12 +241,30 @@ def planning(length, drift, rows):
     drift.set(xlabel="imagined steps", xticks=(1, 3, 5), ylim=(-.03, 1.03),
               ylabel="states spoken without error, share")
 
+def teaching(said, cost, rows):
+    """What is said after facts were added, and what it costs."""
+    colours = {"teach": BLUE, "no replay": RED, "made_up=0": ORANGE, "teach_steps=100": GREEN}
+    arms = arms_of("teaching", 0)
+    for axis, names in ((said, ("said_known", "said_new", "updated")),
+                        (cost, ("lost_DEC", "lost_LAT", "newly_answered"))):
+        for number, arm in enumerate(arms):
+            found = [over_seeds(rows, arm, name) for name in names]
+            if all(found):
+                places = [group + (number - 1.5) * .2 for group in range(len(names))]
+                axis.bar(places, [one.mean for one in found], .18, color=colours[arm],
+                         yerr=[one.deviation or 0 for one in found], capsize=2,
+                         label=arm if axis is said else None)
+    said.set_xticks(range(3), ("new facts,\nknown answers", "new facts,\nnew answers", "updates"))
+    said.set(ylim=(0, 1.05), ylabel="said in new wordings, share")
+    cost.set_xticks(range(3), ("DEC lost", "LAT lost", "invented subjects,\nnow answered"))
+    cost.set(ylabel="share of questions")
+
 # lab -> how to draw it, the number of panels, the size in inches
 PLOTS = {"collapse": (collapse, 1, (8, 5.5)), "pretraining": (pretraining, 2, (9, 4.6)),
          "hierarchy": (hierarchy, 2, (9, 4.6)), "facts": (facts, 2, (10, 4.5)),
          "speaking": (speaking, 3, (13, 4.4)), "distillation": (distillation, 1, (10, 5)),
          "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6)),
-         "planning": (planning, 2, (9, 4.6))}
+         "planning": (planning, 2, (9, 4.6)), "teaching": (teaching, 2, (9, 4.2))}
 
 def write_page(lab):
     """Write the plot and the tables of a page."""
