@@ -39,7 +39,7 @@ class Flags:
     """What to draw."""
     diagram: bool = False       # the three phases
     movie: bool = False         # two runs of phase 1: their latents, and their numbers
-    table: bool = False         # exact match of five systems, as a table and as bars
+    table: bool = False         # exact match of four systems, as a table and as bars
     thumbnails: bool = False    # one picture of each notebook
     transcript: str = ""        # a file with the output of train.py
     samples: str = ""           # the folder of a run, to be asked
@@ -54,13 +54,12 @@ def write_block(name, body):
         raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} --> once")
     README.write_text(page, encoding="utf-8")
 
-# -- the result: exact match of five systems -------------------------------------------------------
+# -- the result: exact match of four systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
 SYSTEMS = {
     "default": ("default: latents and tokens", BLUE),
     "recipe=latent": ("latents alone", RED),
     "default from random-init encoder": ("default, encoder untrained", ORANGE),
-    "masked LM": ("masked LM instead of phase 1", GREEN),
     "GPT": ("GPT of the encoder's size", PURPLE),
 }
 COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}
@@ -78,10 +77,10 @@ def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
     figure = Canvas((9, 4), layout="constrained")
     axis = figure.subplots()
-    width = 0.16
+    width = 0.2
     for number, (arm, (name, colour)) in enumerate(SYSTEMS.items()):
         found = [over_seeds(rows, arm, figure_name) for figure_name in COLUMNS.values()]
-        places = [group + (number - 2) * width for group in range(len(COLUMNS))]
+        places = [group + (number - 1.5) * width for group in range(len(COLUMNS))]
         means = [one.mean for one in found]
         axis.bar(places, means, width * 0.9, color=colour, label=name)
         axis.errorbar(places, means, yerr=[one.deviation for one in found], fmt="none",
