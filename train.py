@@ -163,7 +163,7 @@ FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pre
 # of one run (tiny Shakespeare, seed 0, 9.2 million tokens) that found the hidden word at hit@5 .35
 # by its token head and .12 by energy; word frequency alone has .23. Other sizes, noise and echo
 # were not tuned: predicted spans are inexact already, so they get less noise than answers.
-TEXT = dict(pretrain_lr=2e-3, noise=0.1, echo=0.25)
+TEXT = dict(pretrain_lr=2e-3, noise=0.1, echo=0.25, qa_batch_size=128)
 # up to so many characters: tokens of the vocabulary, steps of phases 1 and 3
 TEXT_SIZES = (
     (200_000, 512, 1500, 600),

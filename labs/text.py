@@ -3,7 +3,7 @@ A text of one's own: does a run learn its words, and can it say what is hidden?
 
     python data/shakespeare/prepare.py          tiny Shakespeare, 1 MB
     python -m labs.text --seeds=1               all arms; about 40 minutes of a core
-    python -m labs.text --fast                  seconds: does it run?
+    python -m labs.text --fast                  a minute of a core: does it run?
 
 Expected before the first run: after as many tokens the masked LM and the token head of the default
 find the hidden word equally often, energy with word frequency finds it less often, latents alone
@@ -85,7 +85,7 @@ def text(flags):
     if not Path(DATA).is_file():
         raise ValueError(f"{DATA} is missing: run `python data/shakespeare/prepare.py` first")
     if flags.fast:
-        print("labs.text --fast: seconds; its figures mean nothing")
+        print("labs.text --fast: a minute of a core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
         arms = {name: in_short(cfg) for name, cfg in ARMS.items()}
     rows = run_arms("text", arms, flags, measure)

@@ -251,9 +251,8 @@ def test_a_phase_needs_the_end_of_the_one_before_it(world, refused, tmp_path):
     assert "step 2 of 4: run `python train.py --resume" in said
 
 
-def test_phases_2_and_3_need_questions(world, base, refused, tmp_path):
-    """Own text without --qa can be read, and no more."""
-    assert "give --qa" in refused(*base, "--qa=", f"--out={tmp_path / 'run'}")
+def test_phase_2_needs_questions(world, refused, tmp_path):
+    """Own text without --qa is read and its gaps are said, but there is nothing to teach."""
     train.run(config(world.folder, tmp_path / "read", **SHORT))
     assert "give --qa" in refused("--phase=distill", "--qa=", f"--out={tmp_path / 'read'}")
 
