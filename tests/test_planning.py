@@ -129,7 +129,7 @@ def test_with_a_perfect_model_the_search_finds_a_plan(cost):
     goal = ("ball", "hall")
     found, energies = house.search(
         imagination, imagination.begin(START, [0] * 4), imagination.goal(goal, 0), depth=5,
-        beam=8, cost=cost)
+        beam=64, cost=cost)
     states = [START]
     for action in found:
         states.append(world.step(states[-1], world.ACTIONS[action]))
