@@ -917,7 +917,7 @@ def known_concepts(run, checkpoint):
 
 # -- a run -----------------------------------------------------------------------------------------
 
-def open_checkpoint(cfg, phases):
+def open_checkpoint(cfg, phases, is_text):
     """The checkpoint to continue, {} for a new run. ValueError if --out does not allow it."""
     out = Path(cfg.out)
     if cfg.resume:
@@ -926,7 +926,7 @@ def open_checkpoint(cfg, phases):
         return checkpoint
     if phases[0] != "pretrain":
         checkpoint = load_checkpoint(out)
-        check_phase_before(cfg, phases, checkpoint)
+        check_phase_before(cfg, phases, checkpoint, is_text)
         return checkpoint
     if (out / "ckpt.pt").exists():      # never replace another run silently
         same_run(f"--out={out}", load_checkpoint(out)["config"], dataclasses.asdict(cfg))
@@ -961,12 +961,12 @@ def check_resume(cfg, phases, checkpoint):
         raise ValueError(f"--{phase}_steps={getattr(cfg, f'{phase}_steps')}: the run in "
                          f"--out={cfg.out} has taken {step} already")
 
-def check_phase_before(cfg, phases, checkpoint):
+def check_phase_before(cfg, phases, checkpoint, is_text):
     """ValueError if the phase before the first of phases has not ended."""
     phase, step, out = checkpoint["phase"], checkpoint["step"], cfg.out
     steps = checkpoint["config"][f"{phase}_steps"]
     before = EVERY.index(phases[0]) - 1
-    if cfg.is_text and phases[0] == "speak":
+    if is_text and phases[0] == "speak":
         before = EVERY.index("pretrain")
     ended = step >= steps and checkpoint["evaluated"]
     if (EVERY.index(phase), ended) >= (before, True):
@@ -1088,11 +1088,11 @@ class Opened(NamedTuple):
     vectors: torch.Tensor | None    # (A, D) what another teacher says of the answers
     added: list             # what --phase=teach adds or has added, as in a checkpoint
 
-def phases_of(cfg):
+def phases_of(cfg, is_text):
     """The phases that --phase names. A text without questions has nothing to teach in phase 2."""
     if cfg.phase != "all":
         return (cfg.phase,)
-    return ("pretrain", "speak") if cfg.is_text else PHASES
+    return ("pretrain", "speak") if is_text else PHASES
 
 def check_speech(cfg, checkpoint):
     """ValueError if phase 3 can't say the gaps of a text as cfg asks."""
@@ -1108,8 +1108,10 @@ def check_speech(cfg, checkpoint):
 
 def open_run(cfg, corpus, model):
     """Open data, teacher and model of cfg: `Opened`. ValueError where cfg asks the impossible."""
-    phases = phases_of(cfg)
-    checkpoint = open_checkpoint(cfg, phases)
+    # a corpus that is given may have questions of its own
+    is_text = cfg.is_text and not (corpus and corpus.qa)
+    phases = phases_of(cfg, is_text)
+    checkpoint = open_checkpoint(cfg, phases, is_text)
     left = phases
     if cfg.resume:
         left = phases[phases.index(checkpoint["phase"]):]
@@ -1126,7 +1128,7 @@ def open_run(cfg, corpus, model):
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = None
     phase_2_has_begun, added = False, []
-    if cfg.is_text and phases[-1] == "speak":
+    if is_text and phases[-1] == "speak":
         check_speech(cfg, checkpoint)
         cfg = dataclasses.replace(cfg, teacher_width=0)
         print("no --qa: phase 2, which teaches answers to questions, has nothing to do and is "
@@ -1219,7 +1221,7 @@ def train_phases(opened):
         lines.append(report.MINUTE)
     print("\n".join(lines))
     if phases[-1] == "speak":
-        if cfg.is_text:
+        if run.questions is None:
             lines = report.gaps_aloud(run)
         else:
             lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])

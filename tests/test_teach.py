@@ -222,7 +222,7 @@ def test_what_phase_3_may_not_say_stays_unsaid(taught, monkeypatch):
         said.extend(zip(answer.tolist(), answer_latent))
         return torch.zeros(()), dict(token=torch.zeros(()))
     monkeypatch.setattr(run.model, "speak_loss", speak_loss)
-    n = run.cfg.qa_batch_size
+    n = 4 * run.cfg.qa_batch_size           # echoes, which come last
     loss_at, _ = train.teach(run._replace(cfg=train.dataclasses.replace(run.cfg, made_up=0.0)))
     decode = corpus.tokenizer.decode
     heard = set()
@@ -310,10 +310,11 @@ def test_a_run_that_has_not_ended_is_not_taught(world, refused, tmp_path):
     assert not (tmp_path / "none").exists()
     out = tmp_path / "half"
     read = FLAGS | dict(phase="pretrain", data=world.cfg.data, pretrain_steps=1)
-    for given in (read, dict(phase="distill", qa=world.cfg.qa, distill_steps=2)):
+    taught = dict(phase="distill", qa=world.cfg.qa, distill_steps=2)
+    for given, missing in ((read, "distill"), (taught, "speak")):
         train.run(train.resolve(given | dict(out=str(out))))
         before = contents(out)
-        assert "run --phase=speak first" in refused(*teach(out, pairs))
+        assert f"run --phase={missing} first" in refused(*teach(out, pairs))
         assert contents(out) == before
     train.run(train.resolve(dict(phase="speak", speak_steps=2, out=str(out))))
     saved = train.load_checkpoint(out)

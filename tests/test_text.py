@@ -325,7 +325,8 @@ def test_going_on_adds_so_many_tokens_beyond_a_row(ask, run):
     said = ask(f"--go_on={begin}", "--length=50").rstrip("\n")
     assert said.startswith(begin)
     added = run.corpus.tokenizer.encode(said[len(begin):])
-    assert 20 <= len(added) <= 60
+    # a byte that is no character is shown as one of three bytes
+    assert 20 <= len(added) <= 3 * 50
     assert ask(f"--go_on={begin}", "--length=50", "--seed=5").rstrip("\n") == said      # greedy
 
 
