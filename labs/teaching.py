@@ -118,10 +118,10 @@ def measure(cfg):
     out.mkdir(parents=True)
     shutil.copy(source / "speak" / "ckpt.pt", out)
     saved = train.load_checkpoint(out)
-    # the run keeps its own flags; the arm's are those that differ from the defaults
+    # the run keeps its own flags; the arm's are those of teaching, and what it changes
     fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.Config)}
     changed = {name: value for name, value in fields.items()
-               if value != getattr(train.Config, name)}
+               if name.startswith("teach_") or value != getattr(train.Config, name)}
     cfg = dataclasses.replace(cfg, **saved["config"] | changed)
     pairs = out / "new.tsv"
     lines = [f"{question}\t{answer}\n" for *_, question, answer in KNOWN + NEVER_SAID + UPDATES]
