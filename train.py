@@ -830,13 +830,15 @@ def teach(run):
     def loss_at(progress):
         """The loss of phase 2 on all questions, and that of phase 3 on those that may be said."""
         which, tokens, echoed = next(parts)
-        loss, _ = model.distill_loss(tokens, latents[which])
+        latent = model.think(tokens, cfg.question_drop).latent.float()      # (n, D)
+        loss = torch.nn.functional.mse_loss(latent, latents[which])
         spoken = said[which]
-        texts = pad_rows([*tokens[spoken], *questions.answer_tokens[echoed]], model)
-        with torch.no_grad():           # phase 3 trains the decoder alone
-            lesson = model.think(texts)
-        thoughts = lesson.latent[:-len(echoed)]
-        lesson = lesson._replace(latent=torch.cat((thoughts, concepts[echoed])))
+        # phase 3 trains the decoder alone
+        lesson = tjepa.thought_of(torch.cat((latent[spoken], concepts[echoed])).detach())
+        if cfg.memory == "tokens":
+            texts = pad_rows([*tokens[spoken], *questions.answer_tokens[echoed]], model)
+            with torch.no_grad():
+                lesson = model.think(texts)._replace(latent=lesson.latent)
         number = torch.cat((answer_of[which[spoken]], echoed))
         token, _ = model.speak_loss(lesson, answers[number], concepts[number], alpha=0)
         return loss + token, dict(latent=loss.detach(), token=token.detach())
