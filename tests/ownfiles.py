@@ -49,7 +49,7 @@ def texts(rng):
     french = sentences(rng, "l'été très élégant où naïve garçon forêt crème déjà".split(), " ", ".")
     emoji = sentences(rng, "🦊 👩‍👩‍👧 🌧️ 🎉 ❤️ 🐳 sun rain happy".split(), " ", "!")
     names = "total count item price index value".split()
-    code = [f"def {a}_{b}({a}, {b}=0):\n    # TODO: {c}\n    return {a} * {b} + 0.5\n"
+    code = [f"def {a}_{b}({a}, {b}=0):\n    # see {c}\n    return {a} * {b} + 0.5\n"
             for a, b, c in (rng.sample(names, 3) for _ in range(200))]
     verse = sentences(rng, "rose moon river sleep golden night sings alone".split(), " ", ",")
     poem = "\n\n".join("\n".join(verse[i:i + 4]) for i in range(0, len(verse), 4))
