@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+import data
 import report
 import train
 from tests.toy import World, config, write_corpus
@@ -31,3 +32,15 @@ def world(tmp_path_factory):
     write_corpus(folder)
     cfg = config(folder, folder / "run")
     return World(folder, cfg, train.run(cfg))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """The shipped facts."""
+    return data.load(train.Config())
+
+
+@pytest.fixture(scope="module")
+def questions(corpus):
+    """The questions of the shipped facts."""
+    return data.Questions(corpus.qa, corpus.tokenizer, 64, 24, "cpu")

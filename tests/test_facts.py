@@ -20,16 +20,6 @@ from tests.toy import FLAGS, PAIRS, write_corpus
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    return data.load(train.Config())
-
-
-@pytest.fixture(scope="module")
-def questions(corpus):
-    return data.Questions(corpus.qa, corpus.tokenizer, 64, 24, "cpu")
-
-
-@pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """An arm on the toy world, and its folder."""
     folder = tmp_path_factory.mktemp("facts")

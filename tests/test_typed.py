@@ -21,16 +21,6 @@ BETWEEN = set(data.QUICK)
 ASKED = "What is the capital of France?"
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    return data.load(train.Config())
-
-
-@pytest.fixture(scope="module")
-def questions(corpus):
-    return data.Questions(corpus.qa, corpus.tokenizer, 64, 24, "cpu")
-
-
 def text_of(questions, tokens):
     """Rows of tokens (n, T) as n strings."""
     decode = questions.tokenizer.decode
