@@ -4,16 +4,29 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
     phase 1  pretrain   A context encoder reads a text from which spans were removed. A predictor
                         predicts the latents that an EMA target encoder, which reads the whole
                         text, gives to the removed spans.                     [v1.1, section 3.1]
-    phase 2  distill    question -> context encoder -> predictor -> thought L_p. The thought is
-                        trained to equal the latent L_a that a teacher gives to the answer. No
+    phase 2  distill    question -> context encoder -> predictor -> thought W L_p. The thought is
+                        trained to equal L_a, the latent that a teacher gives to the answer. No
                         answer token is produced.                             [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
-                        learns to put it into words.                          [v1.1, section 3.2]
+                        learns to put it into words. Most rows are echoes: the decoder gets L_a
+                        itself, and must say the answer.                      [v1.1, section 3.2]
+    later    teach      Facts are added to a finished run: phases 2 and 3 in one, on all parts but
+                        the target encoder.
 
-Read from the top: configuration, transformer, masking, predictor and decoder, the three phases,
-the collapse panel. v1.1 and v2.0 are the two T-JEPA papers. Shapes: B rows, T tokens, S spans,
-K removed tokens, M memory slots, A answer tokens, V vocabulary, N rows of a flattened batch, nh
-heads of size hs; widths C = n_embd, P = pred_embd, D = width of the teacher's latents.
+A step of phase 1, as train.py takes it:
+
+    span_ids = sample_spans(tokens, model.word_start, cfg)      # which tokens are removed
+    loss, stats = model.pretrain_loss(tokens, span_ids)         # steps 1 to 4 of the JEPA step
+    loss.backward()
+    optimizer.step()
+    model.ema_update()                                          # step 5; in phase 1 alone
+
+v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
+Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
+transformer, masking, predictor, parts of the losses, decoder, the phases, the collapse panel.
+Shapes: B rows, T tokens, S spans, K removed tokens, M memory slots, A answer tokens, L latents that
+are attended to, V vocabulary, N rows of a flattened batch, nh heads of size hs; widths C = n_embd,
+P = pred_embd, D = width of the teacher's latents.
 """
 import math
 from copy import deepcopy
@@ -58,8 +71,8 @@ class Config:
     mask_ratio: float = 0.35    # share of the tokens that is removed: higher is harder and cheaper
     max_span: int = 8           # longest span drawn, before it is widened to whole words
     target: str = "span"        # span: one mean latent per span, as in the paper | token
-    top_k: int = 4              # the target is the mean of so many last layers; paper: 1; one more
-                                # than n_layer: the embedding counts too
+    top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
+                                # (then the embedding is one of them); paper: 1
     target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
     loss: str = "mse"           # distance to the target: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
@@ -74,10 +87,11 @@ class Config:
 
     def __post_init__(self):
         # Four special tokens have the last ids: padding, begin and end of an answer, and [MASK].
-        # [MASK] is used by controls of labs/ alone: here removed tokens are absent.
+        # [MASK] is a word for the controls of labs/ that replace removed tokens by it. Here removed
+        # tokens are absent; the predictor's mask_token is a learned vector, not a word.
         special = range(self.vocab_size - 4, self.vocab_size)
         self.pad, self.bos, self.eos, self.mask = special
-        width = 2 * self.n_head                         # rotary turns pairs of dimensions of a head
+        multiple = 2 * self.n_head                      # rotary turns pairs of dimensions of a head
         check(self, (
             ("n_layer pred_layer dec_layer n_slots", *within(1, 1000)),
             ("n_head max_span top_k", *within(1, 10_000)),
@@ -90,7 +104,8 @@ class Config:
             # at least one token stays
             ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size,
              f"below {1 - 0.5 / self.block_size:.4f}: one token of block_size must stay"),
-            ("n_embd pred_embd", lambda v: v % width == 0, f"a multiple of 2 * n_head = {width}"),
+            ("n_embd pred_embd", lambda v: v % multiple == 0,
+             f"a multiple of 2 * n_head = {multiple}"),
             ("top_k", lambda v: v <= self.n_layer + 1, f"1 to n_layer + 1 = {self.n_layer + 1}"),
             ("target", *one_of("span", "token")),
             ("memory", *one_of("thought", "tokens")),
@@ -126,45 +141,20 @@ def rotate(x, rope):
     return torch.view_as_real(pairs * rope).flatten(-2)
 
 def additive(mask):
-    """Bool (B, M), True where a token may be attended to -> 0 there, else -inf: (B, 1, 1, M).
+    """Bool (B, L), True where a latent may be attended to -> 0 there, else -inf: (B, 1, 1, L).
 
-    Attention adds it to its logits. It is made once for all blocks.
+    Attention adds it to its logits: log(1) = 0, log(0) = -inf. It is made once for all blocks.
     """
     return mask.float().log()[:, None, None]
 
-def split_heads(x, n_head):
-    """(B, T, C) -> (B, nh, T, hs)."""
-    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
-
 def attend(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention: q (B, nh, Tq, hs), k and v (B, nh, Tk, hs) -> (B, Tq, C)."""
+    """Scaled dot-product attention: q (B, nh, T, hs), k and v (B, nh, L, hs) -> (B, T, C)."""
     # On a CPU in fp32, whatever autocast says: the backward in bf16 was measured 20 times slower.
     with torch.autocast("cpu", enabled=False):
         if v.is_cpu:
             q, k, v = q.float(), k.float(), v.float()
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return y.transpose(1, 2).flatten(2)
-
-class KVCache:
-    """Keys and values of one self-attention for the tokens read so far; room for `size` tokens."""
-
-    def __init__(self, size):
-        self.size = size
-        self.length = 0
-        self.keys = self.values = None      # (B, nh, size, hs), made by the first tokens
-
-    def append(self, k, v):
-        """Add k and v (B, nh, T, hs) of the newest tokens; returns those of all tokens."""
-        if self.keys is None:
-            B, nh, _, hs = k.shape
-            self.keys, self.values = (x.new_empty(B, nh, self.size, hs) for x in (k, v))
-        begin, self.length = self.length, self.length + k.size(2)
-        self.keys[:, :, begin:self.length] = k
-        self.values[:, :, begin:self.length] = v
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
-
-    def __len__(self):
-        return self.length
 
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions."""
@@ -179,69 +169,44 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         mask: what `additive` makes of the tokens that may be attended to, (B, 1, 1, T).
+        cache: a `KVCache` of the tokens before x, where a text is written token by token.
         n_last: only the last n_last tokens attend, (B, n_last, C); the others are only attended to.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))           # (B, T, 3, nh, hs)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                # (2 or 1, B, nh, T, hs)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))    # (2, B, nh, T, hs), (1, B, nh, T, hs)
+        # q and k are rotated by one call: a GPU waits for the number of calls, not for their size
         q, k = rotate(qk, rope)                                         # (B, nh, T, hs) each
-        v = v.squeeze(0)
+        v = v.squeeze(0)                                                # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)
         if n_last is not None:
             q = q[:, :, -n_last:]
         return self.proj(attend(q, k, v, mask, causal))
 
-class Memory(NamedTuple):
-    """What one cross-attention reads. It is the same for every token, so it is computed once."""
-    keys: torch.Tensor      # (B, nh, M, hs)
-    values: torch.Tensor    # (B, nh, M, hs)
-    mask: torch.Tensor | None   # (B, 1, 1, M) from `additive`; None: every slot is read
+def make_mlp(n_embd):
+    """The MLP of a block, four times as wide inside."""
+    return nn.Sequential(
+        nn.Linear(n_embd, 4 * n_embd, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * n_embd, n_embd, bias=False),
+    )
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of the decoder to the slots of a memory."""
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention and an MLP."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
-        self.n_head = n_head
-        self.q = nn.Linear(n_embd, n_embd, bias=False)
-        self.kv = nn.Linear(n_embd, 2 * n_embd, bias=False)
-        self.proj = nn.Linear(n_embd, n_embd, bias=False)
-
-    def memory(self, slots, mask):
-        """Slots (B, M, C) -> `Memory`; mask: from `additive`, or None."""
-        k, v = self.kv(slots).chunk(2, dim=-1)
-        return Memory(split_heads(k, self.n_head), split_heads(v, self.n_head), mask)
-
-    def forward(self, x, memory):
-        """x (B, T, C) -> (B, T, C)."""
-        q = split_heads(self.q(x), self.n_head)                         # (B, nh, T, hs)
-        return self.proj(attend(q, *memory))
-
-class Block(nn.Module):
-    """Pre-norm transformer block: self-attention, in the decoder cross-attention, and an MLP."""
-
-    def __init__(self, n_embd, n_head, cross=False):
-        super().__init__()
         self.norm_attn = nn.LayerNorm(n_embd, bias=False)
         self.attn = Attention(n_embd, n_head)
-        if cross:
-            self.norm_cross = nn.LayerNorm(n_embd, bias=False)
-            self.cross = CrossAttention(n_embd, n_head)
         self.norm_mlp = nn.LayerNorm(n_embd, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(n_embd, 4 * n_embd, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * n_embd, n_embd, bias=False),
-        )
+        self.mlp = make_mlp(n_embd)
 
-    def forward(self, x, rope, mask=None, causal=False, cache=None, memory=None, n_last=None):
+    def forward(self, x, rope, mask=None, causal=False, cache=None, n_last=None):
         """x (B, T, C) -> (B, T, C), or (B, n_last, C). Arguments as in `Attention`."""
         y = self.attn(self.norm_attn(x), rope, mask, causal, cache, n_last)
         if n_last is not None:                          # only the last tokens go on
             x = x[:, -n_last:]
         x = x + y
-        if memory is not None:
-            x = x + self.cross(self.norm_cross(x), memory)
         return x + self.mlp(self.norm_mlp(x))
 
 def norm(x):
@@ -255,6 +220,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
+        # One position more than a text has: in controls without predictor the encoder itself is
+        # asked for what follows a full question.
         rope = rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head)
         self.register_buffer("rope", rope, persistent=False)
 
@@ -262,19 +229,21 @@ class Encoder(nn.Module):
         """tokens (B, T) at positions (B, T) or (T,), mask bool (B, T) -> latents (B, T, C).
 
         The latents are the mean of the last top_k layers, each layer-normed; the embedding is a
-        layer, too. The context
-        encoder's output is its last layer (top_k=1); the target is the mean of the last
-        cfg.top_k layers of the target encoder. n_last: latents of the last n_last tokens alone,
-        (B, n_last, C); only they pass through the last block.
+        layer, too. The context encoder's output is its last layer (top_k=1). The target is the mean
+        of the last cfg.top_k layers of the target encoder, as in data2vec (Baevski et al. 2022).
+
+        Tokens may stand in any order: only their positions tell where they are in the text.
+        n_last: latents of the last n_last tokens alone, (B, n_last, C); only they pass through the
+        last block.
         """
         rope = self.rope[positions].unsqueeze(-3)       # (B, 1, T, hs/2) or (1, T, hs/2): all heads
         mask = None if mask is None else additive(mask)
-        asked = slice(None) if n_last is None else slice(-n_last, None)
+        wanted = slice(None) if n_last is None else slice(-n_last, None)
         x = self.embed(tokens)                          # (B, T, C)
-        layers = [x[:, asked]]
+        layers = [x[:, wanted]]
         for block in self.blocks[:-1]:
             x = block(x, rope, mask)
-            layers.append(x[:, asked])
+            layers.append(x[:, wanted])
         layers.append(self.blocks[-1](x, rope, mask, n_last=n_last))
         if top_k == 1:
             return norm(layers[-1])
@@ -304,9 +273,10 @@ def sample_spans(tokens, word_start, cfg):
         returned    S    0   0     0     S    S    S   S
 
     Lengths are log-uniform between 1 and max_span tokens, rounded: with max_span=8 one token is
-    drawn .2 of the time, two .25. A row with n real tokens, at least one, loses
-    round(mask_ratio * n) of them, at least one, whatever is drawn: shapes stay static. Spans start
-    uniformly and extend to the right: the first tokens of a row are removed less often.
+    drawn .2 of the time, two .25. A row of n tokens loses round(mask_ratio * n) of them, at least
+    one, whatever is drawn. So all full rows lose equally many; in shorter ones `split_spans` fills
+    the gap with padding. Spans start uniformly and extend to the right: the first tokens of a row
+    are removed less often.
     """
     (B, T), S = tokens.shape, cfg.max_spans
     t = torch.arange(T, device=tokens.device)                           # (T,)
@@ -327,30 +297,39 @@ def sample_spans(tokens, word_start, cfg):
     span_ids = torch.where(inside & real[:, None], span, S).amin(1)     # (B, T)
 
     # Remove tokens span by span until the row's budget is spent. The last span may be cut short.
-    # If the spans hold fewer tokens than the budget, the first tokens outside join the last span.
+    # In double, 64 * .35 is rounded as it is in Python, where `predict` counts the tokens of a row.
     budget = (n_real.double() * cfg.mask_ratio).round().clamp(min=1).long()     # (B, 1)
     key = (span_ids * T + t).masked_fill(~real, (S + 1) * T)            # (B, T) span, then position
     last_key = key.sort(1).values.gather(1, budget - 1)                 # (B, 1)
     removed = (key <= last_key) & real
+    # Tokens outside all spans have the number S, and the budget reaches them where the spans hold
+    # too few. They join span S-1, which may then be in pieces.
     return torch.where(removed, span_ids.clamp(max=S - 1), S)
 
 class Spans(NamedTuple):
-    """Rows of text in another order: the tokens that stay, padding, then the K removed tokens."""
+    """Rows of text in another order: the tokens that stay, padding, then the K removed tokens.
+
+        the | c | at | sat | on | the | m | at      span 0 is "cat sat"
+
+        tokens      the  on  the  m  at  |  c  at  sat          K = 3
+        positions    0   4    5   6   7  |  1   2   3
+        weights                            1/3 1/3 1/3          span 0; all other spans are empty
+    """
     tokens: torch.Tensor        # (B, T)
     positions: torch.Tensor     # (B, T) where each token stood in the text
     real: torch.Tensor          # (B, T) False where a token is padding
-    share: torch.Tensor         # (B, S, K) 1/n where removed token k belongs to span s of n tokens
+    weights: torch.Tensor       # (B, S, K) 1/n where removed token k belongs to span s of n tokens
 
-    def context(self):
+    def context_tokens(self):
         """Tokens that the context encoder reads, their positions and mask: (B, T-K) each."""
-        n_context = self.tokens.size(1) - self.share.size(2)
+        n_context = self.tokens.size(1) - self.weights.size(2)
         return [x[:, :n_context] for x in (self.tokens, self.positions, self.real)]
 
     def mean(self, latents):
         """Mean over the tokens of each span: (B, K, C) -> (B, S, C); zero if a span is empty."""
         # fp32: bf16 would round the targets to eight bits.
         with torch.autocast(latents.device.type, enabled=False):
-            return self.share @ latents.float()
+            return self.weights @ latents.float()
 
 def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
@@ -364,21 +343,21 @@ def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     real = tokens != cfg.pad
     span_of = span_ids.gather(1, positions[:, -n_removed:])             # (B, K)
     if (unit or cfg.target) == "token":                 # each removed token is a span of its own
-        share = torch.diag_embed((span_of < cfg.max_spans).float())     # (B, K, K)
+        weights = torch.diag_embed((span_of < cfg.max_spans).float())   # (B, K, K)
     else:
         span = torch.arange(cfg.max_spans, device=tokens.device)
         members = (span_of[:, None] == span[:, None]).float()           # (B, S, K)
-        share = F.normalize(members, p=1, dim=-1)
-    return Spans(tokens, positions, real, share)
+        weights = F.normalize(members, p=1, dim=-1)
+    return Spans(tokens, positions, real, weights)
 
-# -- predictor and decoder -------------------------------------------------------------------------
+# -- the predictor ---------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
     """Transformer that reads context latents and predicts latents elsewhere (v1.1 section 3.1).
 
-    It gets one learned mask token for each position that is asked for. Two linear maps leave it,
-    one to latents and one to the states that the masked LM reads: with one map for both, the
-    latents lose rank.
+    It gets one learned mask token for each position that is asked for, and returns a state for
+    each. The model maps states to latents by latent_proj, and for the masked LM by word_proj: with
+    one map for both, the latents lose rank.
     """
 
     def __init__(self, cfg):
@@ -396,86 +375,20 @@ class Predictor(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, context, positions, mask):
-        """Context latents (B, N, C) -> states (B, K, P) of the K positions that are asked for.
+        """Context latents (B, L, C) -> states (B, K, P) of the K positions that are asked for.
 
-        positions, mask (B, N+K): of the context latents, then of the queries; the mask is bool,
+        positions, mask (B, L+K): of the context latents, then of the queries; the mask is bool,
         True where a latent or a query counts.
         """
         n_queries = positions.size(1) - context.size(1)
         queries = self.mask_token.expand(len(context), n_queries, -1)   # (B, K, P)
-        x = torch.cat((self.context_proj(context), queries), dim=1)     # (B, N+K, P)
-        rope = self.rope[positions].unsqueeze(1)                        # (B, 1, N+K, hs/2)
+        x = torch.cat((self.context_proj(context), queries), dim=1)     # (B, L+K, P)
+        rope = self.rope[positions].unsqueeze(1)                        # (B, 1, L+K, hs/2)
         mask = additive(mask)
         for block in self.blocks[:-1]:
             x = block(x, rope, mask)
         # Only the queries are read, so only they pass through the last block.
         x = self.blocks[-1](x, rope, mask, n_last=n_queries)            # (B, K, P)
-        return self.norm(x)
-
-class Thought(NamedTuple):
-    """What the decoder may read."""
-    latent: torch.Tensor        # (B, D) W L_p, the predicted latent of the answer
-    context: torch.Tensor       # (B, T, C) the context latents of the question
-    context_mask: torch.Tensor  # (B, T) False where the question is padding
-
-    def rows(self, index):
-        """The thoughts of some rows."""
-        return Thought(*(part[index] for part in self))
-
-def thought_of(latent):
-    """A `Thought` that is latents (B, D) alone, for a decoder that reads nothing else."""
-    nothing = latent.new_zeros(len(latent), 0, latent.size(1))
-    return Thought(latent, nothing, nothing[..., 0].bool())
-
-class Decoder(nn.Module):
-    """Causal transformer that cross-attends to a memory; two heads, token and latent.
-
-    It reads [BOS] and its own words, never the question: all it knows about the question is in
-    the memory (v1.1 section 3.2).
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.n_slots = cfg.n_slots
-        # Softmax over one key is 1 for every query. So a thought is spread over several slots.
-        self.slots = None
-        if cfg.memory == "thought":
-            width = cfg.teacher_width or cfg.n_embd
-            self.slots = nn.Linear(width, cfg.n_slots * cfg.n_embd)
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        blocks = (Block(cfg.n_embd, cfg.n_head, cross=True) for _ in range(cfg.dec_layer))
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
-        self.token_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        self.token_head.weight = self.embed.weight      # tied, as in nanoGPT
-        self.latent_head = nn.Linear(cfg.n_embd, cfg.teacher_width or cfg.n_embd)
-        rope = rotary(cfg.answer_size, cfg.n_embd // cfg.n_head)
-        self.register_buffer("rope", rope, persistent=False)
-
-    def memory_slots(self, thought):
-        """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
-        if self.slots is None:
-            return thought.context, additive(thought.context_mask)
-        # Normed: a thought that is not sure is shorter, and should be said all the same.
-        slots = self.slots(norm(thought.latent))
-        return slots.unflatten(-1, (self.n_slots, -1)), None            # (B, M, C)
-
-    def read(self, thought):
-        """`Thought` -> the `Memory` of each block."""
-        slots, mask = self.memory_slots(thought)
-        return [block.cross.memory(slots, mask) for block in self.blocks]
-
-    def forward(self, tokens, memories, caches=None):
-        """tokens (B, T) -> states (B, T, C). With caches, tokens is the newest one, (B, 1)."""
-        if caches and tokens.size(1) != 1:
-            raise ValueError("with a KV cache the decoder reads one token at a time")
-        caches = caches or [None] * len(self.blocks)
-        past = len(caches[0]) if caches[0] is not None else 0
-        rope = self.rope[past:past + tokens.size(1)]                    # (T, hs/2)
-        x = self.embed(tokens)                                          # (B, T, C)
-        for block, memory, cache in zip(self.blocks, memories, caches):
-            # The newest token may read all tokens in the cache: it needs no causal mask.
-            x = block(x, rope, causal=cache is None, cache=cache, memory=memory)
         return self.norm(x)
 
 # -- parts of the losses ---------------------------------------------------------------------------
@@ -519,8 +432,11 @@ class SIGReg(nn.Module):
     """SIGReg (LeJEPA 2025): distance of latents z (N, C) from an isotropic Gaussian.
 
     Along random directions it compares the characteristic function of z with that of N(0, 1), on
-    17 points of [0, 3] (Epps-Pulley), without the usual factor N. Values to know: N draws of a
-    Gaussian 1.05 / N, all zeros 0.402, one layer-normed point repeated 1.06.
+    17 points of [0, 3] (Epps-Pulley), without the usual factor N. Values to know:
+
+        N draws of a Gaussian               1.05 / N
+        all latents 0                       0.402
+        one layer-normed latent, repeated   1.06
     """
 
     def __init__(self, n_slices=64):
@@ -528,7 +444,7 @@ class SIGReg(nn.Module):
         self.n_slices = n_slices
         t = torch.linspace(0, 3, 17)
         gauss = torch.exp(-t ** 2 / 2)  # characteristic function of N(0, 1), and weight of each t
-        # Twice the trapezoid rule on [0, 3]: the integrand is even, and -3 to 3 is meant.
+        # The trapezoid rule on [-3, 3]: the integrand is even, so [0, 3] counts twice.
         trapezoid = F.pad(torch.full((15,), 2.0), (1, 1), value=1.0) * 3 / 16
         self.register_buffer("t", t, persistent=False)
         self.register_buffer("gauss", gauss, persistent=False)
@@ -540,6 +456,144 @@ class SIGReg(nn.Module):
         u = (z @ F.normalize(slices, dim=0))[..., None] * self.t        # (N, n_slices, 17)
         error = (u.cos().mean(0) - self.gauss) ** 2 + u.sin().mean(0) ** 2      # (n_slices, 17)
         return (error @ self.weight).mean()
+
+# -- the decoder -----------------------------------------------------------------------------------
+
+class Thought(NamedTuple):
+    """What the decoder may read."""
+    latent: torch.Tensor        # (B, D) W L_p, the predicted latent of the answer; in an echo L_a
+    context: torch.Tensor       # (B, T, C) the context latents of the question
+    context_mask: torch.Tensor  # (B, T) False where a token is padding or was dropped
+
+    def rows(self, index):
+        """The thoughts of some rows."""
+        return Thought(*(part[index] for part in self))
+
+def thought_of(latent):
+    """A `Thought` of latents (B, D) that belong to no question; for memory="thought" alone."""
+    nothing = latent.new_zeros(len(latent), 0, latent.size(1))
+    return Thought(latent, nothing, nothing[..., 0].bool())
+
+class Memory(NamedTuple):
+    """What one cross-attention reads. It is the same for every token, so it is computed once."""
+    keys: torch.Tensor      # (B, nh, M, hs)
+    values: torch.Tensor    # (B, nh, M, hs)
+    mask: torch.Tensor | None   # (B, 1, 1, M) from `additive`; None: every slot is read
+
+def split_heads(x, n_head):
+    """(B, T, C) -> (B, nh, T, hs)."""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens of the decoder to the slots of a memory."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.q = nn.Linear(n_embd, n_embd, bias=False)
+        self.kv = nn.Linear(n_embd, 2 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def project(self, slots, mask):
+        """Slots (B, M, C) -> `Memory`; mask: from `additive`, or None."""
+        k, v = self.kv(slots).chunk(2, dim=-1)
+        return Memory(split_heads(k, self.n_head), split_heads(v, self.n_head), mask)
+
+    def forward(self, x, memory):
+        """x (B, T, C) -> (B, T, C)."""
+        q = split_heads(self.q(x), self.n_head)                         # (B, nh, T, hs)
+        return self.proj(attend(q, *memory))
+
+class KVCache:
+    """Keys and values of one self-attention for the tokens read so far; room for `size` tokens."""
+
+    def __init__(self, size):
+        self.size = size
+        self.length = 0
+        self.keys = self.values = None      # (B, nh, size, hs), made by the first tokens
+
+    def append(self, k, v):
+        """Add k and v (B, nh, T, hs) of the newest tokens; returns those of all tokens."""
+        if self.keys is None:
+            B, nh, _, hs = k.shape
+            self.keys, self.values = (x.new_empty(B, nh, self.size, hs) for x in (k, v))
+        begin, self.length = self.length, self.length + k.size(2)
+        self.keys[:, :, begin:self.length] = k
+        self.values[:, :, begin:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def __len__(self):
+        return self.length
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block of the decoder: causal self-attention, cross-attention and an MLP."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.norm_attn = nn.LayerNorm(n_embd, bias=False)
+        self.attn = Attention(n_embd, n_head)
+        self.norm_cross = nn.LayerNorm(n_embd, bias=False)
+        self.cross = CrossAttention(n_embd, n_head)
+        self.norm_mlp = nn.LayerNorm(n_embd, bias=False)
+        self.mlp = make_mlp(n_embd)
+
+    def forward(self, x, rope, memory, cache=None):
+        """x (B, T, C), `Memory` -> (B, T, C). With a cache, x is the newest token, (B, 1, C)."""
+        # The newest token may read all tokens in the cache: it needs no causal mask.
+        x = x + self.attn(self.norm_attn(x), rope, causal=cache is None, cache=cache)
+        x = x + self.cross(self.norm_cross(x), memory)
+        return x + self.mlp(self.norm_mlp(x))
+
+class Decoder(nn.Module):
+    """Causal transformer that cross-attends to a memory; two heads, token and latent.
+
+    It reads [BOS] and its own words, never the question: all it knows about the question is in
+    the memory (v1.1 section 3.2).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_slots = cfg.n_slots
+        # Softmax over one key is 1 for every query. So a thought is spread over several slots.
+        self.slots = None
+        if cfg.memory == "thought":
+            width = cfg.teacher_width or cfg.n_embd
+            self.slots = nn.Linear(width, cfg.n_slots * cfg.n_embd)
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        blocks = (DecoderBlock(cfg.n_embd, cfg.n_head) for _ in range(cfg.dec_layer))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.token_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.token_head.weight = self.embed.weight      # tied, as in nanoGPT
+        self.latent_head = nn.Linear(cfg.n_embd, cfg.teacher_width or cfg.n_embd)
+        rope = rotary(cfg.answer_size, cfg.n_embd // cfg.n_head)
+        self.register_buffer("rope", rope, persistent=False)
+
+    def memory_slots(self, thought):
+        """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
+        if self.slots is None:
+            return thought.context, additive(thought.context_mask)
+        # MSE pulls an uncertain prediction towards the mean, 0. The norm removes its length: it is
+        # said all the same.
+        slots = self.slots(norm(thought.latent))
+        return slots.unflatten(-1, (self.n_slots, -1)), None            # (B, M, C)
+
+    def read(self, thought):
+        """`Thought` -> the `Memory` of each block."""
+        slots, mask = self.memory_slots(thought)
+        return [block.cross.project(slots, mask) for block in self.blocks]
+
+    def forward(self, tokens, memories, caches=None):
+        """tokens (B, T) -> states (B, T, C). With caches, tokens is the newest one, (B, 1)."""
+        if caches and tokens.size(1) != 1:
+            raise ValueError("with a KV cache the decoder reads one token at a time")
+        caches = caches or [None] * len(self.blocks)
+        past = len(caches[0]) if caches[0] is not None else 0
+        rope = self.rope[past:past + tokens.size(1)]                    # (T, hs/2)
+        x = self.embed(tokens)                                          # (B, T, C)
+        for block, memory, cache in zip(self.blocks, memories, caches):
+            x = block(x, rope, memory, cache)
+        return self.norm(x)
 
 # -- the model and its three phases ----------------------------------------------------------------
 
@@ -557,7 +611,7 @@ class Prediction(NamedTuple):
     @property
     def span_mask(self):
         """Bool (B, S), True where there is such a span."""
-        return self.spans.share.any(-1)
+        return self.spans.weights.any(-1)
 
     @property
     def word_ids(self):
@@ -577,7 +631,9 @@ class TJEPA(nn.Module):
         self.context_encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.predictor = Predictor(cfg)
-        # W: d_s -> d_t (v1.1 section 3.3). The own target encoder shares the predictor's space.
+        # W maps predicted latents (C) to the width of the teacher's (D), v1.1 section 3.3. It is
+        # the identity where the own target encoder teaches: phase 2 then moves the predictor from
+        # the scale of phase 1's targets to that of standardised answers.
         self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()
         self.apply(self.init_weights)
         # Copied after the initialisation: the target encoder starts as an exact copy.
@@ -591,7 +647,8 @@ class TJEPA(nn.Module):
     def init_weights(self, module):
         """Variance-preserving matrices at any width: GPT-2's std of .02 makes narrow ones collapse.
 
-        The encoder's embedding has .02. The decoder's is tied to token_head, a matrix.
+        An encoder's embedding has .02. A decoder's is the matrix of its token_head, and comes later
+        in this order: it is initialised as a matrix.
         """
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -602,19 +659,18 @@ class TJEPA(nn.Module):
 
     def trained_in(self, phase):
         """The parts that a phase trains; everything else is frozen in it."""
-        if phase == "pretrain":
-            return [self.context_encoder, self.predictor]
-        if phase == "distill":
-            return [self.context_encoder, self.predictor, self.W]
-        if phase == "teach":
-            return [self.context_encoder, self.predictor, self.W, self.decoder]
-        return [self.decoder]
+        thinking = [self.context_encoder, self.predictor]
+        return dict(
+            pretrain=thinking,
+            distill=thinking + [self.W],
+            speak=[self.decoder],
+            teach=thinking + [self.W, self.decoder],
+        )[phase]
 
     def encode(self, tokens, encoder=None):
         """Latents of a whole text: tokens (B, T) -> (B, T, C), mean of the last top_k layers.
 
-        The target encoder's, unless another encoder is given. Probes, energies and teachers read
-        these latents.
+        The target encoder's, unless another encoder is given. Probes and teachers read them.
         """
         encoder = encoder or self.target_encoder
         positions = torch.arange(tokens.size(1), device=tokens.device)
@@ -630,11 +686,13 @@ class TJEPA(nn.Module):
         """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C)."""
         cfg = self.cfg
         encoder = self.target_encoder if cfg.stop_gradient else self.context_encoder
-        n_removed = spans.share.size(2)
-        removed = encoder(spans.tokens, spans.positions, spans.real, cfg.top_k, n_removed)
+        # the whole text is read, and the latents of the removed tokens are kept, (B, K, C)
+        n_removed = spans.weights.size(2)
+        removed = encoder(spans.tokens, spans.positions, spans.real,
+                          top_k=cfg.top_k, n_last=n_removed)
         target = spans.mean(removed)
-        # Each token is normed already. Their mean is not: a long span's is shorter, so that it
-        # would weigh less, and shrinking all means would lower the loss.
+        # A mean is shorter than what it is taken of, and a long span's the shortest: it would weigh
+        # less, and the encoder could lower the loss by shrinking all of them.
         return norm(target) if cfg.target_norm else target
 
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
@@ -646,14 +704,16 @@ class TJEPA(nn.Module):
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
-        # 1. target latents: the target encoder, whose weights are frozen, reads the whole text
+        # 1. target latents: the target encoder reads the whole text. No gradient reaches its
+        #    weights; step 5 moves them
         target = self.target_latents(spans)                             # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
-        kept, positions, kept_mask = spans.context()                    # (B, T-K)
+        kept, positions, kept_mask = spans.context_tokens()             # (B, T-K)
         context = self.context_encoder(kept, positions, kept_mask)
 
-        # 3. prediction: a mask token at each removed position, averaged over each span
+        # 3. prediction: one mask token at each removed position; then the mean over each span of
+        #    what is predicted there
         states = self.predictor(context, spans.positions, spans.real)   # (B, K, P)
         predicted = spans.mean(self.predictor.latent_proj(states))      # (B, S, C)
         return Prediction(predicted, target, context, states, spans)
@@ -677,15 +737,15 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, once per optimizer step."""
-        # 5. EMA; the _foreach call does it for all weights at once
-        target, context = self.target_encoder, self.context_encoder
-        torch._foreach_lerp_(list(target.parameters()), list(context.parameters()),
-                             1 - self.cfg.ema_decay)
+        """target <- tau * target + (1 - tau) * context encoder, after each optimizer step."""
+        # 5. EMA
+        targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
+        for target, context in zip(targets, contexts):
+            target.lerp_(context, 1 - self.cfg.ema_decay)
 
     def sample_latents(self, p, n=512):
         """n context latents, (n, C), drawn across texts from all that are not padding."""
-        _, _, real = p.spans.context()
+        _, _, real = p.spans.context_tokens()
         index = torch.multinomial(real.flatten().float(), n, replacement=True)
         # F.embedding and not latents[index]: the backward of indexing is not deterministic.
         return F.embedding(index, p.context.flatten(0, 1))
@@ -707,7 +767,8 @@ class TJEPA(nn.Module):
     def energy(self, tokens, span_ids):
         """Latent prediction error of the removed spans, (B,): low if they fit the context.
 
-        Rows that lose fewer tokens than another must end in that much padding.
+        All rows share K, the most tokens that one of them loses: a row that loses r of them must
+        end in K - r tokens of padding.
         """
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
         p = self.predict(tokens, span_ids, n_removed)
@@ -716,20 +777,23 @@ class TJEPA(nn.Module):
 
     # -- phase 2: teach answers in latent space ----------------------------------------------------
 
-    def set_answers(self, latents):
-        """Standardise the teacher's answer latents: (n, D) -> L_a (n, D), of mean 0 and variance 1.
+    def fit_answer_scale(self, latents):
+        """Fit the standardisation to the teacher's answer latents (n, D); returns L_a (n, D).
 
         The teacher gives an answer the mean latent of its tokens, read without the question: the
         question would leak into it. By default the teacher is `concept`, the own target encoder.
-        Most of the variance lies in few directions, those of what texts are about: there Hanoi
-        and the dong are one. So each principal direction is divided by the root of its standard
-        deviation: half way to white. Mean and scale are kept for later latents.
+
+        L_a is half way to white: a principal direction of variance v is divided by the fourth root
+        of v, so that its variance becomes the root of v. Otherwise the few directions that tell
+        topics apart would hide what tells answers of one topic apart: Hanoi, and the dong. The mean
+        of L_a is 0, and its variance 1 on average over the directions.
         """
         self.answer_mean.copy_(latents.mean(0))
         centred = (latents - self.answer_mean).cpu().double()
         variance, axes = torch.linalg.eigh(centred.T @ centred / len(latents))
+        # 1 % of the mean variance more: directions with none are not blown up
         variance = variance.clamp(min=0) + 0.01 * variance.mean() + 1e-12
-        scale = axes * variance ** -0.25 @ axes.T                       # (D, D)
+        scale = (axes * variance ** -0.25) @ axes.T                     # (D, D)
         size = (centred @ scale).square().mean().sqrt()
         if size > 1e-6:                                 # a single answer has no spread
             self.answer_scale.copy_(scale / size)
@@ -740,25 +804,25 @@ class TJEPA(nn.Module):
         return (latents - self.answer_mean) @ self.answer_scale
 
     def drop_tokens(self, question, drop):
-        """Tokens of question (B, T) to read, bool (B, T), and the position after it, (B, 1)."""
+        """Which tokens of question (B, T) are read, bool (B, T); drop: share that is not."""
         real = question != self.cfg.pad
-        next_pos = real.sum(1, keepdim=True)
         if not drop:
-            return real, next_pos
+            return real
         kept = real & (torch.rand_like(real, dtype=torch.float) >= drop)
         # A question that lost every token keeps all of them.
-        return torch.where(kept.any(1, keepdim=True), kept, real), next_pos
+        return torch.where(kept.any(1, keepdim=True), kept, real)
 
     def think(self, question, drop=0.0):
         """Predict the latent of the answer: question (B, T), padded on the right -> `Thought`.
 
-        As in phase 1, but with one mask token and at the next position: the predictor is asked
-        for what follows the question. drop: share of the question's tokens that is left out.
+        As in phase 1, but with one mask token, at the position after the question: the predictor
+        is asked for what follows. drop: share of the question's tokens that is left out.
         """
-        kept, next_pos = self.drop_tokens(question, drop)
+        kept = self.drop_tokens(question, drop)
         positions = torch.arange(question.size(1), device=question.device).expand_as(question)
         context = self.context_encoder(question, positions, kept)       # (B, T, C)
-        positions = torch.cat((positions, next_pos), dim=1)             # (B, T+1)
+        after = (question != self.cfg.pad).sum(1, keepdim=True)         # (B, 1)
+        positions = torch.cat((positions, after), dim=1)                # (B, T+1)
         mask = F.pad(kept, (0, 1), value=True)
         state = self.predictor(context, positions, mask)                # (B, 1, P)
         latent = self.W(self.predictor.latent_proj(state[:, 0]))        # (B, D)
@@ -769,8 +833,8 @@ class TJEPA(nn.Module):
 
         question (B, T), answer_latent L_a (B, D).
         """
-        thought = self.think(question, self.cfg.question_drop).latent.float()
-        loss = F.mse_loss(thought, answer_latent)
+        predicted = self.think(question, self.cfg.question_drop).latent.float()     # (B, D)
+        loss = F.mse_loss(predicted, answer_latent)
         return loss, dict(latent=loss.detach())
 
     # -- phase 3: speak ----------------------------------------------------------------------------
@@ -779,8 +843,9 @@ class TJEPA(nn.Module):
     def think_gaps(self, tokens, span_ids, n_removed):
         """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
 
-        On a text of one's own phase 3 says these instead of answers. Both are on the scale that
-        `set_answers` has fixed; before it was called, on the scale of targets.
+        Where there are no questions, phase 3 teaches the decoder to say spans instead of answers:
+        right after phase 1, whose targets and predictions share one scale. `fit_answer_scale` fits
+        the standardisation to targets; before that it is the identity.
         """
         p = self.predict(tokens, span_ids, n_removed, unit="span")
         # InfoNCE trains the direction of a prediction and leaves its length open.
@@ -788,7 +853,7 @@ class TJEPA(nn.Module):
         return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
-        """Latents (B, D) as inexact as predicted ones: the decoder must not expect perfect ones."""
+        """Latents (B, D) as inexact as predictions, which the decoder will have to read."""
         # A thought that errs leans towards another answer: mix in another row, and add noise.
         share = self.cfg.noise * torch.rand(len(latent), 1, device=latent.device)
         other = latent[torch.randperm(len(latent), device=latent.device)]
@@ -797,11 +862,14 @@ class TJEPA(nn.Module):
     def speak_loss(self, thought, answer, answer_latent, alpha):
         """Loss of phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token.
 
-        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). v2.0 is
-        alpha = 0. Some rows are questions, with the thought W L_p; the others are echoes: an
-        answer alone, with its latent L_a as the thought. Echo teaches the words of every answer,
-        also of those whose questions phase 3 leaves out: there the thought alone must choose.
-        Since the encoder is frozen, thoughts can be computed once and kept.
+        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). alpha falls
+        from --alpha_start to 0 during the phase; v2.0 is alpha = 0. Thoughts can be computed once
+        and kept, because the encoder is frozen.
+
+        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself: the
+        decoder gets the latent of an answer, and must say it. The questions of some facts (LAT) are
+        left out, but their answers are echoed. So the decoder can say all answers, and only the
+        thought tells it which one. (With memory="tokens" an echo reads the answer's own tokens.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
         inputs = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)      # (B, A): BOS, then answer
@@ -855,19 +923,24 @@ COLLAPSED, HEALTHY = 0.12, 0.17         # thresholds of std * rank / bound, from
 
 def mean_cosine(z):
     """Mean cosine over all pairs of different rows of z (N, C)."""
-    n, mean = len(z), F.normalize(z, dim=-1).mean(0)
+    n = len(z)
+    mean = F.normalize(z, dim=-1).mean(0)
+    # n * n * |mean|^2 is the sum over all pairs; the n pairs of a row with itself have cosine 1
     return ((n * (mean @ mean) - 1) / (n - 1)).item()
 
 @torch.no_grad()
 def latent_health(z, mask):
-    """How spread the latents z (B, T, C) are where mask (B, T) is set: a dict of floats.
+    """How spread latents z (B, T, C) are where mask (B, T) is set: a dict of floats.
 
-    pos          share of the variance that the position alone explains; removed before the rest
-    std          standard deviation over all tokens, mean over dimensions
-    rank, bound  RankMe: exp of the entropy of the normalised singular values of the centred
-                 latents; at most min(N-1, C)
+    train.py gives it the target's latents of held-out text, at each evaluation.
+
+    pos          share of the variance that the position alone explains
+    std          standard deviation over all tokens, mean over dimensions  } after the mean of each
+    rank         RankMe: exp of the entropy of the normalised singular     } position is removed
+                 values of the centred latents                             }
+    bound        the most that rank can be: min(N-1, C)
     cos          mean pairwise cosine; near 1 the latents form a narrow cone
-    cos_centred  the same after the mean is removed
+    cos_centred  the same after the mean over all tokens is removed
     """
     z, mask = z.cpu().double(), mask.cpu()              # float64 does not exist on every GPU
     flat = z[mask]                                                      # (N, C)

@@ -750,7 +750,7 @@ def speak_text(run):
     torch.manual_seed(cfg.seed)
     model.answer_mean.zero_()
     model.answer_scale.copy_(torch.eye(len(model.answer_mean)))
-    model.set_answers(enough_gaps(run, 1024, longest).target)
+    model.fit_answer_scale(enough_gaps(run, 1024, longest).target)
     n_echo = round(cfg.qa_batch_size * cfg.echo)
 
     def draw():
@@ -899,7 +899,7 @@ def set_answers(run, vectors):
         return vectors.to(run.device)
     if vectors is None:
         vectors = run.model.concept(run.questions.answer_tokens)
-    return run.model.set_answers(vectors.to(run.device))
+    return run.model.fit_answer_scale(vectors.to(run.device))
 
 def known_concepts(run, checkpoint):
     """Standardised L_a of all answers (A, D): those of the checkpoint, and of answers added since.

@@ -170,7 +170,7 @@ def lesson(model, questions, answers):
     the gap in the positions it would learn other distances than those that it is asked with.
     """
     cfg = model.cfg
-    kept, _ = model.drop_tokens(questions, cfg.question_drop)           # (B, Q)
+    kept = model.drop_tokens(questions, cfg.question_drop)           # (B, Q)
     whole = torch.cat((model.after_bos(questions), answers), dim=1)     # (B, T) nothing dropped
     positions = ((whole != cfg.pad).cumsum(1) - 1).clamp(min=0)
     question = model.after_bos(questions.masked_fill(~kept, cfg.pad))   # (B, 1+Q)

@@ -202,7 +202,7 @@ def content_sensitivity(model, tokens, span_ids):
     # surplus slots keep their padding
     swapped = torch.where(number >= 0, other, own)
     changed = torch.cat((spans.tokens[:, :-n_removed], swapped), dim=1)
-    there = spans.share.any(-1)                                         # (B, S)
+    there = spans.weights.any(-1)                                       # (B, S)
     target = model.target_latents(spans)[there]                         # (n, C)
     moved = model.target_latents(spans._replace(tokens=changed))[there]
     every = torch.ones_like(target[:, 0])

@@ -99,7 +99,7 @@ class NoPredictor(TJEPA):
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
         spans = tjepa.split_spans(span_ids, tokens, n_removed, self.cfg, unit)
         target = self.target_latents(spans)
-        kept, _, _ = spans.context()
+        kept, _, _ = spans.context_tokens()
         context, states = self.read(kept, spans.positions, spans.real)
         return tjepa.Prediction(spans.mean(states), target, context, states, spans)
 
@@ -109,11 +109,12 @@ class NoPredictor(TJEPA):
 
     def think(self, question, drop=0.0):
         """As `TJEPA.think`."""
-        real, next_pos = self.drop_tokens(question, drop)
+        kept = self.drop_tokens(question, drop)
         positions = torch.arange(question.size(1), device=question.device).expand_as(question)
-        positions = torch.cat((positions, next_pos), dim=1)
-        context, states = self.read(question, positions, F.pad(real, (0, 1), value=True))
-        return tjepa.Thought(self.W(states[:, 0]), context, real)
+        after = (question != self.cfg.pad).sum(1, keepdim=True)
+        positions = torch.cat((positions, after), dim=1)
+        context, states = self.read(question, positions, F.pad(kept, (0, 1), value=True))
+        return tjepa.Thought(self.W(states[:, 0]), context, kept)
 
 class MaskedLM(NoPredictor):
     """The token-grounded control: phase 1 predicts the removed tokens, and no latents."""

@@ -118,7 +118,7 @@ def test_answer_latents_are_standardised_half_way_to_white():
     axes = torch.linalg.qr(torch.randn(32, 32)).Q
     spread = torch.logspace(0, -1, 32)
     latents = 3 + torch.randn(4000, 32) * spread @ axes.T
-    found = model.set_answers(latents)
+    found = model.fit_answer_scale(latents)
     assert found.mean(0).abs().max() < 1e-3
     assert abs(found.square().mean() - 1) < 1e-3
     deviation = (found @ axes).std(0)

@@ -60,7 +60,7 @@ def test_context_and_removed_tokens_are_a_partition(model):
     spans = tjepa.split_spans(span_ids, tokens, n_removed, model.cfg)
     assert torch.equal(spans.positions.sort(1).values, torch.arange(32).expand(8, -1))
     assert torch.equal(spans.tokens, tokens.gather(1, spans.positions))
-    kept, positions, mask = spans.context()
+    kept, positions, mask = spans.context_tokens()
     removed = span_ids < model.cfg.max_spans
     assert not removed.gather(1, positions).any()
     assert torch.equal(mask, kept != PAD)
@@ -340,7 +340,7 @@ def test_attention_over_a_single_slot_is_a_constant(n_slots, constant):
     cross = model.decoder.blocks[0].cross
     with torch.no_grad():                   # sharp attention, to tell the slots apart
         cross.q.weight.mul_(50)
-    memory = cross.memory(*model.decoder.memory_slots(model.think(rows(1))))
+    memory = cross.project(*model.decoder.memory_slots(model.think(rows(1))))
     torch.manual_seed(0)
     a, b = cross(torch.randn(1, 3, 32), memory), cross(torch.randn(1, 3, 32), memory)
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) == constant
