@@ -211,9 +211,10 @@ def gpt_step(lab, model, optimizer=None):
         return model(rows[:, :-1], targets)[1], {}
     return training_step(lab.run(model), "speak", loss_at, optimizer)
 
-def phase_step(lab, phase, width):
-    """The training step of a phase of train.py, with fresh weights."""
-    cfg = dataclasses.replace(CFG, batch_size=lab.size.rows, **shape(width))
+def phase_step(lab, phase, width, **changes):
+    """The training step of a phase of train.py, with fresh weights; changes: fields of its Config.
+    """
+    cfg = dataclasses.replace(CFG, batch_size=lab.size.rows, **shape(width) | changes)
     run = lab.run(train.build(cfg, lab.corpus.tokenizer), cfg)
     if phase != "pretrain":
         run = run._replace(concepts=train.set_answers(run, None))
@@ -240,6 +241,8 @@ def steps(lab):
         acts["GPT of our blocks"] = gpt_step(lab, gpt_of(width).to(lab.device))
         for number, phase in enumerate(train.PHASES, 1):
             acts[f"phase {number}, {phase}"] = phase_step(lab, phase, width)
+        latents_alone = dict(mlm=0.0, pred_embd=width // 2)
+        acts["phase 1, latents alone"] = phase_step(lab, "pretrain", width, **latents_alone)
         lab.measure("Training step", acts, lab.size.calls, width)
 
 def endless(lab, width, size):
