@@ -19,6 +19,14 @@ ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 # words at the beginning of a question that may be left out
 LITTLE = set("a any by can could do give i idea in is know me my name of on please tell the to "
              "want what what's which who who's whose you".split())
+# what people put before and behind a question
+BEFORE = ("hey ", "hi, ", "hello, ", "so ", "ok, ", "well, ", "please ", "sorry, ", "quick question: ",
+          "question: ", "I forgot, ", "I wonder, ", "just curious, ", "tell me please, ", "help, ",
+          "for my homework: ", "one more: ", "I have to know: ", "maybe you know, ", "good morning, ")
+BEHIND = (" please", " again", " exactly", " actually", " now", " then", " though", " thanks",
+          ", please", ", do you know", ", any idea", ", can you help", ", I forgot", ", help me",
+          ", tell me", ", I need it for school", "? thank you", "? I don't know it", "? just curious",
+          ", I can't remember")
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 def plain(question):
@@ -32,12 +40,15 @@ def plain(question):
 # -- training --------------------------------------------------------------------------------------
 
 def as_typed(question, subject, rng):
-    """A question as someone may type it: lower case, no mark, no quotes, clipped, with a typo.
+    """A question as someone may type it: clipped or with chat around it, no mark, no quotes, lower
+    case, with a typo.
 
     subject: the part of the question that is never clipped. rng: a random.Random.
     """
     if rng.random() < 0.25:
         question = clipped(question, subject, rng)
+    if rng.random() < 0.4:
+        question = chatty(question, rng)
     if rng.random() < 0.5:
         question = question.rstrip("?.")
     if rng.random() < 0.5:
@@ -57,6 +68,15 @@ def clipped(question, subject, rng):
         little += 1
     words = words[rng.randrange(little + 1):]
     return " ".join(words) + found + after
+
+def chatty(question, rng):
+    """With some words before it, behind it, or both."""
+    where = rng.choice(("before", "behind", "both"))
+    if where != "before":
+        question = question.rstrip("?.") + rng.choice(BEHIND) + rng.choice(("", "?"))
+    if where != "behind":
+        question = rng.choice(BEFORE) + question
+    return question
 
 def as_written(subject, question):
     """The subject as a question has it: with a capital letter at its beginning."""

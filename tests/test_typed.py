@@ -80,8 +80,15 @@ def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
     assert {question, "can you tell me who wrote 'emma'", "who wrote 'Emma'?", "who wrote emma",
             'Can you tell me who wrote "Emma"?'} <= set(found)
     letters = [len(re.sub(r"\W", "", text)) for text in found]
-    whole, shortest = len("Canyoutellmewhowrote"), len("wroteEmma")
-    assert min(letters) >= shortest - 1 and max(letters) == whole + len("Emma") + 1
+    assert min(letters) >= len("wroteEmma") - 1
+    assert any(text.startswith(typed.BEFORE) and "Emma'" + typed.BEHIND[0] in text for text in found)
+
+
+def test_chat_stands_around_a_question_that_stays_whole():
+    found = [typed.chatty("Who wrote Emma?", random.Random(seed)) for seed in range(500)]
+    assert all("Who wrote Emma" in text and len(text) > len("Who wrote Emma?") for text in found)
+    assert {text.split("Who")[0] for text in found} == {"", *typed.BEFORE}
+    assert {text.split("Emma")[1].rstrip("?") for text in found} == {"", *typed.BEHIND}
 
 
 def test_a_misspelling_swaps_drops_or_doubles_one_letter():
