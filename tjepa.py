@@ -4,9 +4,10 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
     phase 1  pretrain   A context encoder reads a text from which spans were removed. A predictor
                         predicts the latents that an EMA target encoder, which reads the whole
                         text, gives to the removed spans.                     [v1.1, section 3.1]
-    phase 2  distill    question -> context encoder -> predictor -> thought W L_p. The thought is
-                        trained to equal L_a, the latent that a teacher gives to the answer. No
-                        answer token is produced.                             [v1.1, section 3.3]
+    phase 2  distill    question -> context encoder -> predictor -> L_p, a latent -> W L_p, the
+                        thought (W: linear map to the teacher's width, by default the identity). It
+                        is trained to equal L_a, the standardised latent that a teacher gives to the
+                        answer. No answer token is produced.                  [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
                         learns to put it into words. Most rows are echoes: the decoder gets L_a
                         itself, and must say the answer.                      [v1.1, section 3.2]
@@ -19,7 +20,7 @@ A step of phase 1, as train.py takes it:
     loss, stats = model.pretrain_loss(tokens, span_ids)         # steps 1 to 4 of the JEPA step
     loss.backward()
     optimizer.step()
-    model.ema_update()                                          # step 5; in phase 1 alone
+    model.ema_update()                              # step 5; not in phases that teach answers
 
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
@@ -36,25 +37,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-
-def check(config, rules):
-    """Check fields of a config. rules: (field names, test of the value, what the value must be).
-
-    Raises ValueError with one sentence for the first field that fails its test.
-    """
-    for names, test, must in rules:
-        for name in names.split():
-            value = getattr(config, name)
-            if not test(value):
-                raise ValueError(f"--{name}={value} must be {must}")
-
-def within(low, high):
-    """Test and wording for a value between low and high, both included; nan fails."""
-    return (lambda v: low <= v <= high), f"{low} to {high}"
-
-def one_of(*allowed):
-    """Test and wording for a value that is one of some words."""
-    return allowed.__contains__, f"one of {', '.join(allowed)}"
 
 @dataclass
 class Config:
@@ -122,6 +104,25 @@ class Config:
         """Spans drawn per row: twice what mask_ratio needs, because spans overlap."""
         typical_length = math.sqrt(self.max_span)       # the median of a log-uniform length
         return 2 * math.ceil(self.block_size * self.mask_ratio / typical_length)
+
+def check(config, rules):
+    """Check fields of a config. rules: (field names, test of the value, what the value must be).
+
+    Raises ValueError with one sentence for the first field that fails its test.
+    """
+    for names, test, must in rules:
+        for name in names.split():
+            value = getattr(config, name)
+            if not test(value):
+                raise ValueError(f"--{name}={value} must be {must}")
+
+def within(low, high):
+    """Test and wording for a value between low and high, both included; nan fails."""
+    return (lambda v: low <= v <= high), f"{low} to {high}"
+
+def one_of(*allowed):
+    """Test and wording for a value that is one of some words."""
+    return allowed.__contains__, f"one of {', '.join(allowed)}"
 
 # -- the transformer -------------------------------------------------------------------------------
 
@@ -220,8 +221,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
-        # One position more than a text has: in controls without predictor the encoder itself is
-        # asked for what follows a full question.
+        # One position more than a text has: some controls in labs/ have no predictor and append the
+        # mask token to a full question.
         rope = rotary(cfg.block_size + 1, cfg.n_embd // cfg.n_head)
         self.register_buffer("rope", rope, persistent=False)
 
@@ -275,8 +276,8 @@ def sample_spans(tokens, word_start, cfg):
     Lengths are log-uniform between 1 and max_span tokens, rounded: with max_span=8 one token is
     drawn .2 of the time, two .25. A row of n tokens loses round(mask_ratio * n) of them, at least
     one, whatever is drawn. So all full rows lose equally many; in shorter ones `split_spans` fills
-    the gap with padding. Spans start uniformly and extend to the right: the first tokens of a row
-    are removed less often.
+    the gap with padding. (A row of one token loses it, and has no context.) Spans start uniformly
+    and extend to the right: the first tokens of a row are removed less often.
     """
     (B, T), S = tokens.shape, cfg.max_spans
     t = torch.arange(T, device=tokens.device)                           # (T,)
@@ -297,13 +298,13 @@ def sample_spans(tokens, word_start, cfg):
     span_ids = torch.where(inside & real[:, None], span, S).amin(1)     # (B, T)
 
     # Remove tokens span by span until the row's budget is spent. The last span may be cut short.
-    # In double, 64 * .35 is rounded as it is in Python, where `predict` counts the tokens of a row.
+    # In double, like the count of K in `predict`: in fp32 90 * .35 would become 32 and not 31.
     budget = (n_real.double() * cfg.mask_ratio).round().clamp(min=1).long()     # (B, 1)
     key = (span_ids * T + t).masked_fill(~real, (S + 1) * T)            # (B, T) span, then position
     last_key = key.sort(1).values.gather(1, budget - 1)                 # (B, 1)
     removed = (key <= last_key) & real
-    # Tokens outside all spans have the number S, and the budget reaches them where the spans hold
-    # too few. They join span S-1, which may then be in pieces.
+    # Where all spans together hold too few tokens, the budget also takes tokens outside them, from
+    # the left. These join span S-1, which may then be in pieces.
     return torch.where(removed, span_ids.clamp(max=S - 1), S)
 
 class Spans(NamedTuple):
@@ -399,7 +400,10 @@ def masked_mean(x, mask, dim):
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 def latent_error(predicted, target, kind):
-    """Error of each predicted latent (..., C), (...,): squared, or 1 - cosine for InfoNCE."""
+    """Error of each predicted latent (..., C), (...,), as an energy counts it.
+
+    kind: mse, or infonce. InfoNCE trains directions alone, so its error is 1 - cosine.
+    """
     if kind == "mse":
         return F.mse_loss(predicted, target, reduction="none").mean(-1)
     return 1 - F.cosine_similarity(predicted, target, dim=-1)
@@ -647,8 +651,8 @@ class TJEPA(nn.Module):
     def init_weights(self, module):
         """Variance-preserving matrices at any width: GPT-2's std of .02 makes narrow ones collapse.
 
-        An encoder's embedding has .02. A decoder's is the matrix of its token_head, and comes later
-        in this order: it is initialised as a matrix.
+        An encoder's embedding has .02. The decoder's is the same tensor as the matrix of token_head.
+        That is visited later, so the tensor gets the initialisation of a matrix.
         """
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -704,8 +708,8 @@ class TJEPA(nn.Module):
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
-        # 1. target latents: the target encoder reads the whole text. No gradient reaches its
-        #    weights; step 5 moves them
+        # 1. target latents: the target encoder reads the whole text. Its weights have no gradient
+        #    since `__init__`; step 5 moves them
         target = self.target_latents(spans)                             # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
@@ -751,7 +755,7 @@ class TJEPA(nn.Module):
         return F.embedding(index, p.context.flatten(0, 1))
 
     def regularise(self, p):
-        """SIGReg of context latents of different texts: so that different texts differ."""
+        """SIGReg of token latents from all texts of the batch: spreads them over all directions."""
         return self.sigreg(self.sample_latents(p))
 
     def word_loss(self, p):
@@ -784,9 +788,9 @@ class TJEPA(nn.Module):
         question would leak into it. By default the teacher is `concept`, the own target encoder.
 
         L_a is half way to white: a principal direction of variance v is divided by the fourth root
-        of v, so that its variance becomes the root of v. Otherwise the few directions that tell
-        topics apart would hide what tells answers of one topic apart: Hanoi, and the dong. The mean
-        of L_a is 0, and its variance 1 on average over the directions.
+        of v, so that its variance becomes the root of v. Otherwise the few directions that separate
+        topics (Vietnam, France) would hide those that separate the answers of one topic (its
+        capital, its currency). The mean of L_a is 0, its variance 1 on average over directions.
         """
         self.answer_mean.copy_(latents.mean(0))
         centred = (latents - self.answer_mean).cpu().double()
@@ -843,9 +847,9 @@ class TJEPA(nn.Module):
     def think_gaps(self, tokens, span_ids, n_removed):
         """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
 
-        Where there are no questions, phase 3 teaches the decoder to say spans instead of answers:
-        right after phase 1, whose targets and predictions share one scale. `fit_answer_scale` fits
-        the standardisation to targets; before that it is the identity.
+        For a text without questions. Phase 3 then follows phase 1 and teaches the decoder to say
+        removed spans. W is not needed: predictions and targets are on one scale already, and
+        `fit_answer_scale` is given targets. n_removed: as in `predict`.
         """
         p = self.predict(tokens, span_ids, n_removed, unit="span")
         # InfoNCE trains the direction of a prediction and leaves its length open.
@@ -867,9 +871,10 @@ class TJEPA(nn.Module):
         and kept, because the encoder is frozen.
 
         A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself: the
-        decoder gets the latent of an answer, and must say it. The questions of some facts (LAT) are
-        left out, but their answers are echoed. So the decoder can say all answers, and only the
-        thought tells it which one. (With memory="tokens" an echo reads the answer's own tokens.)
+        decoder gets the latent of an answer, and must say it. Phase 2 teaches all taught facts.
+        Phase 3 leaves out the questions of some of them, which are taught in latent space only, and
+        echoes the answers of all. So the decoder can say every answer, and only the thought tells
+        it which one. (With memory="tokens" an echo reads the answer's own tokens.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
         inputs = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)      # (B, A): BOS, then answer

@@ -474,8 +474,8 @@ def learning_rate(step, steps, peak, warmup):
 def target_moves(cfg, phase):
     """Does the EMA target follow the context encoder in this phase?
 
-    It does where text is read. Where answers are taught it stands still, because it defines the
-    latents of the answers.
+    It does in phase 1, and in a phase 2 that imitates another run on text (--distill=align). Where
+    answers are taught it stands still, because it defines their latents.
     """
     return phase == "pretrain" or (
         phase == "distill" and cfg.distill == "align" and cfg.align != "thought")
@@ -509,9 +509,18 @@ def show(bar, rows, phase, **figures):
     row = report.newest([row for row in rows if row["phase"] == phase]) | figures
     shown = {}
     for names in IN_BAR:
-        for name in [name for name in names if name in row][:1]:
+        name = next((name for name in names if name in row), None)
+        if name is not None:
             shown[name] = f"{row[name]:.3g}" if isinstance(row[name], float) else row[name]
     bar.set_postfix(shown)
+
+def check_finite(cfg, phase, step, number):
+    """ValueError if a loss or gradient is no longer a number."""
+    if not math.isfinite(number):
+        peak = getattr(cfg, f"{phase}_lr")
+        raise ValueError(
+            f"the loss of {phase} is no longer a number at step {step}: lower --{phase}_lr={peak} "
+            f"or --clip={cfg.clip}; the last good checkpoint is in --out={cfg.out}")
 
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, evaluated=False):
     """The one training loop: every phase and every control trains here.
@@ -519,15 +528,17 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     loss_at(progress)      draws a batch and returns (loss, stats); progress runs from 0 to 1
     measure(whole)         returns a dict of figures; whole is True at the end of the phase
     log                    a `report.Log`
-    save(step, optimizer, evaluated)    writes a checkpoint
-    start, optimizer_state, evaluated   where a resumed phase continues; has it been evaluated there
+    save(step, optimizer, evaluated)    writes a checkpoint; evaluated is False where the figures of
+                           an evaluation that is due at this step are still missing
+    start, optimizer_state, evaluated   where a resumed phase continues
     Raises ValueError if the loss is no longer finite, KeyboardInterrupt after Ctrl-C.
     """
     cfg, model = run.cfg, run.model
     steps = getattr(cfg, f"{phase}_steps")
     peak = getattr(cfg, f"{phase}_lr")
     round_steps = steps // cfg.rounds if phase == "distill" else steps
-    batch = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
+    # tokens of text in phase 1, questions in the others
+    per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     optimizer = make_optimizer(run, phase, optimizer_state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
@@ -547,9 +558,9 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         if said and step > 0 and before != "collapsed":
             tqdm.write(f"step {step} of {phase}: {said}")
 
-    if not evaluated:                   # where the phase starts stands beside what it reaches
+    if not evaluated:       # before the first step, too: the log shows what the phase starts from
         if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
-            log.add(dict(phase=phase, step=start, tokens=start * batch))
+            log.add(dict(phase=phase, step=start, tokens=start * per_step))
         evaluate_and_save(start)
         log.flush()
     show(bar, log.rows, phase)
@@ -561,7 +572,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         # run draws the same.
         torch.manual_seed((cfg.seed * len(EVERY) + EVERY.index(phase)) * 10 ** 9 + step)
 
-        # learning rate; a round of phase 2 begins with a fresh optimizer
+        # learning rate; it starts anew in each of the --rounds of phase 2, as the optimizer does
         in_round = step % round_steps
         if in_round == 0:
             optimizer.state.clear()
@@ -592,13 +603,9 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         evaluates = done == steps or done % cfg.eval_every == 0
         interrupted = INTERRUPTS.pending
         if evaluates or interrupted or done % 20 == 0:  # not each step: this waits for a GPU
-            if not math.isfinite(loss.item() + grad.item()):
-                raise ValueError(
-                    f"the loss of {phase} is no longer a number at step {done}: lower "
-                    f"--{phase}_lr={peak} or --clip={cfg.clip}; the last good checkpoint is in "
-                    f"--out={cfg.out}")
-            rate = (done - timed) * batch / (time.perf_counter() - clock)
-            row = dict(phase=phase, step=done, tokens=done * batch, loss=loss.item(), lr=lr,
+            check_finite(cfg, phase, done, loss.item() + grad.item())
+            rate = (done - timed) * per_step / (time.perf_counter() - clock)
+            row = dict(phase=phase, step=done, tokens=done * per_step, loss=loss.item(), lr=lr,
                        grad=grad.item(), tok_s=rate)
             row |= {name: float(value) for name, value in stats.items()}
             log.add(row)
