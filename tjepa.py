@@ -651,7 +651,7 @@ class TJEPA(nn.Module):
     def init_weights(self, module):
         """Variance-preserving matrices at any width: GPT-2's std of .02 makes narrow ones collapse.
 
-        An encoder's embedding has .02. The decoder's is the same tensor as the matrix of token_head.
+        An encoder's embedding has .02. The decoder's is the same tensor as token_head's matrix.
         That is visited later, so the tensor gets the initialisation of a matrix.
         """
         if isinstance(module, nn.Linear):
