@@ -181,6 +181,8 @@ def resolve(given):
     preset = PRESETS.get(given.get("preset"), {})
     recipe = RECIPES.get(given.get("recipe"), {})
     asked = preset | recipe | given
+    if "added" in given:
+        raise ValueError("--added is what a run remembers: add facts by --phase=teach --qa=FILE")
     if given.get("phase") == "teach" and "qa" in asked:
         asked["added"] = asked.pop("qa")                # the run keeps its own --qa
     paths = ("data", "qa", "qa_val", "added", "teacher", "init_from")
@@ -193,6 +195,8 @@ def resolve(given):
     if goes_on:
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
+        if given.get("phase") == "distill":             # begun anew, it forgets what was added
+            base["added"] = ""
         same_run(f"--out={out}", base, asked)
         if asked.get("qa") and not base["qa"]:          # answers are said with their own settings
             base |= dict(noise=Config.noise, echo=Config.echo)
@@ -217,6 +221,7 @@ def text_settings(asked):
     # In a script of its own each common character is a token; else characters are cut into bytes.
     counts = Counter(text[:2 ** 20])
     vocab_size += sum(c > "\u024f" and times >= 10 for c, times in counts.items())
+    vocab_size = min(vocab_size, 2 ** 16)
     settings = TEXT | dict(vocab_size=vocab_size, pretrain_steps=pretrain_steps,
                            speak_steps=speak_steps, eval_every=max(1, pretrain_steps // 4))
     used = [f"--{name}={value}" for name, value in settings.items() if name not in asked]
@@ -696,12 +701,13 @@ def with_end(answers, tokenizer):
 
 def make_lessons(run):
     """`Lessons` of phase 3: questions of DEC facts in trained wordings, and an echo of each answer.
+    Facts that were added (NEW) are said too.
 
     Thoughts are computed once, because the encoder is frozen. Echoes are of answers alone: when
     half of them were spans of text, LAT facts in new wordings lost .08 exact match.
     """
     questions, concepts = run.questions, run.concepts
-    asked = questions.where("DEC", phrasing="trained")
+    asked = questions.where("DEC", "NEW", phrasing="trained")
     answer_of = questions.answer_of[asked]
     echoed = questions.answer_tokens                                    # (A, L)
 
@@ -972,6 +978,9 @@ def check_phase_before(cfg, phases, checkpoint, is_text):
         before = EVERY.index("pretrain")
     ended = step >= steps and checkpoint["evaluated"]
     if (EVERY.index(phase), ended) >= (before, True):
+        if phases[0] == "teach" and checkpoint["answers"] is None:
+            raise ValueError(f"--phase=teach adds to answers, and the run in --out={out} was "
+                             "taught none: run --phase=distill --qa=FILE first, then --phase=speak")
         return
     command = f"`python train.py --resume --out={out}`"
     if ended:
@@ -1016,12 +1025,20 @@ def added_pairs(cfg, phases, checkpoint, tokenizer):
     if phases[0] in ("pretrain", "distill") and not cfg.resume:
         return []
     added = checkpoint["added"]
-    if phases[0] != "teach" or cfg.resume:
+    if phases[0] != "teach":
+        return added
+    number = 1 + max((number for _, _, number in added), default=0)
+    if cfg.resume and cfg.added == checkpoint["config"]["added"]:
+        return added                    # the file may be gone
+    if cfg.resume:
+        pairs = data.read_fitting(cfg.added, tokenizer, cfg.block_size, cfg.answer_size)
+        if [list(pair) for pair in pairs] != [row[:2] for row in added if row[2] == number - 1]:
+            raise ValueError(f"--qa={cfg.added}: these are not the facts that the run in "
+                             f"--out={cfg.out} is being taught: leave the flag out")
         return added
     if not cfg.added:
         raise ValueError("--phase=teach needs new facts: give --qa=FILE (lines of question, tab, "
                          "answer)")
-    number = 1 + max((number for _, _, number in added), default=0)
     pairs = data.read_fitting(cfg.added, tokenizer, cfg.block_size, cfg.answer_size)
     return added + [[question, answer, number] for question, answer in pairs]
 
@@ -1157,12 +1174,13 @@ def open_run(cfg, corpus, model):
 def begun_anew(out, phases):
     """Must the checkpoint in out be kept, because these phases replace what it was trained in?
 
-    One that was stopped halfway is not kept in the place of an earlier one, which had ended.
+    So must one that facts are added to: who dislikes what they did goes back. One that was stopped
+    halfway is not kept in the place of an earlier one, which had ended.
     """
     if not (out / "ckpt.pt").exists():
         return False
     old = load_checkpoint(out)
-    if EVERY.index(old["phase"]) < EVERY.index(phases[0]):
+    if EVERY.index(old["phase"]) < EVERY.index(phases[0]) and phases[0] != "teach":
         return False
     ended = old["evaluated"] and old["step"] >= old["config"][f"{old['phase']}_steps"]
     return ended or not (out / PREVIOUS).exists()
@@ -1275,19 +1293,25 @@ def explain(error, cfg):
                 "and --resume")
     return str(error)
 
+def written_at(out):
+    """When out/ckpt.pt was written, None if it is not there."""
+    path = Path(out) / "ckpt.pt"
+    return path.stat().st_mtime_ns if path.exists() else None
+
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C saves and exits with 130."""
     plain_output()
     signal.signal(signal.SIGINT, INTERRUPTS.handle)
     started = time.perf_counter()
-    cfg = None                          # until the flags have been understood
+    cfg = before = None                 # until the flags have been understood
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
+        before = written_at(cfg.out)
         run(cfg)
     except KeyboardInterrupt:
         end_bars()
         said = "stopped; nothing was written"
-        if cfg and (Path(cfg.out) / "ckpt.pt").exists():
+        if cfg and written_at(cfg.out) != before:
             said = f"stopped and saved; go on with: python train.py --resume --out={cfg.out}"
         print(said, file=sys.stderr)
         sys.exit(130)
