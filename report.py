@@ -574,8 +574,9 @@ def draw_names(figure, names):
     """One legend for all panels: the runs that have a colour, and how many have none."""
     from matplotlib.lines import Line2D
     # a label that begins with _ would be left out, hence the blank
-    handles = [Line2D([], [], color=f"C{number}", label=" " + printable(name, None))
-               for number, name in enumerate(names[:HIGHLIGHTED])]
+    labels = [" " * name.startswith("_") + printable(name, None) for name in names]
+    handles = [Line2D([], [], color=f"C{number}", label=label)
+               for number, label in enumerate(labels[:HIGHLIGHTED])]
     others = len(names) - HIGHLIGHTED
     if others > 0:
         handles.append(Line2D([], [], color="0.8", label=f"{others} more"))

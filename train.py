@@ -345,6 +345,14 @@ def write_config(out, config):
                 date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     write_safely(Path(out) / "config.json", json.dumps(config | made, indent=1).encode())
 
+def says(out, config):
+    """Does out/config.json hold this config? A run that was killed may have left another one."""
+    try:
+        written = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and written.items() >= config.items()
+
 def load_checkpoint(out, flag="--out="):
     """The dict in out/ckpt.pt. Runs no code from it; ValueError says what is wrong with it."""
     path = Path(out) / "ckpt.pt"
@@ -1191,7 +1199,7 @@ def train_phases(opened):
     cfg, out = run.cfg, Path(run.cfg.out)
     log = begin_log(cfg, checkpoint, phases)
     keep_previous = not cfg.resume and begun_anew(out, phases)
-    if checkpoint:                      # a run that was killed may have left an older one
+    if checkpoint and not says(out, checkpoint["config"]):
         write_config(out, checkpoint["config"])
     if cfg.resume and checkpoint["evaluated"]:      # else its last row is not complete yet
         log.flush()

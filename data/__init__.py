@@ -240,7 +240,8 @@ def load_facts(cfg, tokenizer):
     """
     folder = prepare_facts(cfg.facts, cfg.vocab_size, cfg.block_size, tokenizer=cfg.tokenizer)
     try:
-        own = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        own = Tokenizer.from_state(json.loads(text))
         streams = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
                    for name in ("train", "val")}
         pairs = read_rows(folder / "qa.tsv", QA)
@@ -248,7 +249,7 @@ def load_facts(cfg, tokenizer):
         values = {}
         for relation, value in read_rows(folder / "values.tsv", lambda *row: row):
             values.setdefault(relation, []).append(value)
-        files = json.loads((folder / "meta.json").read_text())["files"]
+        files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
     except OSError as error:
         raise ValueError(f"data/facts: cannot read {folder} ({error.strerror or error}): "
                          "remove that folder, it is written anew") from None

@@ -107,7 +107,9 @@ def read_text(path):
     where = f"--data={printable(path, None)}"
     files = [path]
     if os.path.isdir(path):
-        files = sorted(Path(path).rglob("*.txt"))
+        # not rglob: it fails where a folder goes away meanwhile
+        files = sorted(Path(folder) / name for folder, _, names in os.walk(path)
+                       for name in names if name.endswith(".txt"))
         if not files:
             raise ValueError(f"{where} is a folder without .txt files; give {wanted}")
     texts = []

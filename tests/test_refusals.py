@@ -510,6 +510,18 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(world, tmp_path,
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
+def test_ctrl_c_before_the_first_save_does_not_say_that_it_saved(copy, monkeypatch, capsys):
+    """The finished run that is there is another one: --resume would train nothing."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", interrupted)
+    before = contents(copy)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--phase=speak", f"--out={copy}"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped; nothing was written\n"
+    assert contents(copy) == before     # config.json too: it names the program that wrote ckpt.pt
+
+
 def test_a_full_gpu_says_how_to_take_less(refused, monkeypatch):
     """Out of memory is the commonest error on a GPU."""
     def full(cfg):
