@@ -297,6 +297,16 @@ def test_another_file_of_facts_does_not_go_on_with_a_teaching(copy, refused, tmp
     train.main([*resume, f"--qa={moved}"])
 
 
+def test_all_old_facts_may_be_replaced(copy, tmp_path):
+    """What cannot be measured then is left out: no figure is nan."""
+    pairs = [(question, f"not {answer}") for question, answer in PAIRS]
+    train.main(teach(copy, write_pairs(tmp_path / "new.tsv", *pairs)))
+    rows = [row for row in report.read_metrics(copy) if row["phase"] == "teach"]
+    figures = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert figures and all(value == value for value in figures)
+    assert "em_NEW" in rows[-1] and "em_DEC" not in rows[-1]
+
+
 def test_the_run_before_a_teaching_is_kept(copy, tmp_path):
     """Whoever dislikes what the facts did goes back."""
     before = (copy / "ckpt.pt").read_bytes()
