@@ -1152,12 +1152,12 @@ def open_run(cfg, corpus, model):
                          "read: take another --out")
     if "pretrain" in left:
         check_cloze(cfg, corpus)
+    cfg = dataclasses.replace(cfg, teacher_width=0)     # its flag is what a run remembers
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = None
     phase_2_has_begun, added = False, []
     if is_text and phases[-1] == "speak":
         check_speech(cfg, checkpoint)
-        cfg = dataclasses.replace(cfg, teacher_width=0)
         print("no --qa: phase 2, which teaches answers to questions, has nothing to do and is "
               "skipped; phase 3 says gaps of the text")
     elif phases != ("pretrain",):

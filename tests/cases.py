@@ -85,7 +85,8 @@ ODD = ["--out=", "--out= ", "--out", "--out=a\0b", "--out=/dev/null", "--out=/de
        "--outt=x", "--learning_rate=1", "--max_iters=5", "-x", "--", "-", "x", "x y", "",
        "--n_embd", "--resume=maybe", "--no-n_embd", "--no-resume=1", "\udcff", "--\udcff=1",
        "--\x1b[31m=1", "---", "--=1", "--out--out", "--PHASE=all", "--phase:all", "@file",
-       "--a\nb=1", "--" + "a" * 5000, "--help=1", "--version", "--seed=1 --seed=2"]
+       "--a\nb=1", "--" + "a" * 5000, "--help=1", "--version", "--seed=1 --seed=2",
+       "--teacher_width=1000000"]
 
 
 def odd_cases():

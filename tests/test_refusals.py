@@ -148,7 +148,7 @@ def test_an_answer_must_fit_the_encoder_too(world, base, refused, tmp_path):
         data.Questions([row], data.load(world.cfg).tokenizer, 32, 300, "cpu")
 
 
-@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged", "no width"])
+@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged", "no width", "too wide"])
 def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
     """A teacher's file that lacks an answer, holds no numbers, or has another number of rows."""
     answers, vectors = COLOURS, np.ones((len(COLOURS), 4))
@@ -162,6 +162,8 @@ def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
         vectors, words = vectors[1:], "rows"
     elif fault == "no width":
         vectors = vectors[:, :0]
+    elif fault == "too wide":
+        vectors, words = np.ones((len(COLOURS), 10_001), np.int8), "10,001 numbers wide"
     else:
         vectors = np.empty(len(COLOURS), dtype=object)
     np.savez(tmp_path / "bad.npz", answers=answers, vectors=vectors)
