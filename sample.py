@@ -64,7 +64,7 @@ class Flags:
             ("top_k", lambda v: v >= 0, "0 (all) or above"),
             ("n", *tjepa.within(1, 1000)),
             ("length", *tjepa.within(1, 100_000)),
-            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("top_p", *tjepa.within(1e-6, 1)),          # float32 takes 1e-300 for 0
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
         ))
 

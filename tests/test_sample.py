@@ -411,6 +411,7 @@ ONE_SPAN = "exactly one span in brackets"
     (["--temperature=nan"], "--temperature"),
     (["--top_p=0"], "--top_p=0.0 must be"),
     (["--top_p=1.1"], "--top_p=1.1 must be"),
+    (["--top_p=1e-300", "--temperature=1"], "--top_p=1e-300 must be"),
     (["--top_k=-1"], "--top_k=-1 must be"),
     (["--seed=" + "9" * 30], "--seed"),
     (["--n=0"], "--n=0 must be"),
