@@ -466,7 +466,8 @@ def init_cases():
                   ["--phase=pretrain"], ["--seed=5"], ["--recipe=v2"], ["--memory=tokens"],
                   ["--tokenizer=gpt2"], ["--vocab_size=500"], ["--pretrain_steps=0"],
                   ["--preset=minute"], ["--teacher={folder}/files/good.npz"],
-                  ["--init_from="], ["--init_from"], ["--block_size=16"]):
+                  ["{base}", *as_argv(SHORT), "--init_from="], ["--init_from"],
+                  ["--block_size=16"]):
         yield Case(f"init_from {words}", "train.py", [*begin, "--out={folder}/new", *words])
 
 
