@@ -66,6 +66,9 @@ class Text:
         begins = np.append(0, ends[:-1] + 1)
         lengths = ends - begins
         enough = lengths > 1
+        if not enough.any():
+            raise ValueError(f"{name}: no document between two {END_OF_TEXT} has more than one "
+                             "token: give longer ones")
         begins = begins[enough]
         # how many rows may start in each document
         rows = np.maximum(1, lengths[enough] - block_size + 1)

@@ -129,6 +129,8 @@ def write_files(folder):
         "huge field": b"x\t" + b"w" * 200_000 + b"\n", "many tabs": b"\t" * 10 ** 6,
         "many quotes": b'"' * 10 ** 6, "mixed": b"a\tb\nc,d\n",
         "nfd": "e\u0301?\te\u0301\n".encode(),
+        "documents": b"a<|endoftext|>" * 3000, "ends": b"<|endoftext|>" * 3000,
+        "last documents": text.encode() + b"<|endoftext|>a" * 1500,
         "one pair": b"Who?\tme\n", "new": b"Who painted the shed?\tAda\nWhose is it?\tmine\n",
         "other answers": lines.replace("\t", "\tnot ").encode(),
         "reworded": b"Say: which colour has moss?\tgreen\n",

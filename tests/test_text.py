@@ -279,6 +279,15 @@ def test_a_folder_is_read_in_order_and_no_row_crosses_a_file(tmp_path):
         data.load(dataclasses.replace(cfg, data=str(tmp_path / "empty")))
 
 
+@pytest.mark.parametrize("content", ["", 9 * "The moss is green. "])
+def test_documents_of_one_token_are_no_text(tmp_path, content):
+    """No row of them could lose a token and keep one; the held-out part counts too."""
+    path = tmp_path / "text.txt"
+    path.write_text(content + 300 * "<|endoftext|>a")
+    with pytest.raises(ValueError, match="no document between two"):
+        data.load(train.Config(data=str(path), vocab_size=300, block_size=8))
+
+
 def test_a_text_too_small_for_its_vocabulary_is_told_so(text, capsys):
     """The vocabulary shrinks by itself."""
     data.load(dataclasses.replace(text.cfg, vocab_size=5000))
