@@ -1290,15 +1290,21 @@ def end_bars():
     for bar in list(tqdm._instances):   # there is no public list of them
         bar.close()
 
+def is_out_of_memory(error):
+    """On a GPU, on a CPU (torch has no class of its own for it), or in Python."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
 def explain(error, cfg):
     """One sentence for an error of a run: what happened, and what to change."""
     if isinstance(error, OSError):      # a full disk, a folder without write permission
         where = f" in {error.filename}" if error.filename else ""
         return (f"{error.strerror or error}{where}: free space or allow writing there; --out says "
                 "where a run goes")
-    if isinstance(error, torch.OutOfMemoryError):
-        return (f"out of memory: raise --accum={cfg.accum}, which must divide both batch sizes, "
-                "and --resume")
+    if is_out_of_memory(error):
+        accum = cfg.accum if cfg else 1
+        return (f"out of memory: raise --accum={accum}, which must divide both batch sizes, and "
+                "run it again, with --resume if it has saved")
     return str(error)
 
 def written_at(out):
@@ -1323,7 +1329,9 @@ def main(argv=None):
             said = f"stopped and saved; go on with: python train.py --resume --out={cfg.out}"
         print(said, file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise                       # a fault of this program: its traceback says where
         end_bars()
         print(f"train.py: error: {data.printable(explain(error, cfg), None)}", file=sys.stderr)
         sys.exit(2)

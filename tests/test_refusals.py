@@ -524,9 +524,23 @@ def test_ctrl_c_before_the_first_save_does_not_say_that_it_saved(copy, monkeypat
     assert contents(copy) == before     # config.json too: it names the program that wrote ckpt.pt
 
 
-def test_a_full_gpu_says_how_to_take_less(refused, monkeypatch):
-    """Out of memory is the commonest error on a GPU."""
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 160000000000 bytes. Error code 12"),
+    MemoryError()])
+def test_full_memory_says_how_to_take_less(refused, monkeypatch, error):
+    """The commonest error on a GPU; on a CPU torch raises a RuntimeError like any other."""
     def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise error
     monkeypatch.setattr(train, "run", full)
     assert "out of memory: raise --accum=4" in refused("--accum=4")
+
+
+def test_a_fault_of_the_program_is_shown_whole(monkeypatch):
+    """It is no input's fault, and its traceback says where it is."""
+    def fault(cfg):
+        raise RuntimeError("expected scalar type Float")
+    monkeypatch.setattr(train, "run", fault)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        train.main([])
