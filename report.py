@@ -11,11 +11,16 @@ import csv
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":      # importing torch takes seconds: Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -264,7 +269,8 @@ def new_figure(title, n_panels):
     figure = Figure(figsize=(4.25 * columns, 7))
     # set by hand: a layout engine would draw everything twice
     figure.subplots_adjust(0.2 / columns, 0.08, 0.99, 0.87, wspace=0.26, hspace=0.38)
-    figure.suptitle(title, fontsize=12)
+    # a folder may be named $x^ or hold what no font shows
+    figure.suptitle(printable(title, None), fontsize=12, parse_math=False)
     axes = list(figure.subplots(2, columns, squeeze=False).flat)
     for axis in axes[n_panels:]:
         axis.remove()
@@ -287,7 +293,9 @@ def draw_thresholds(axis):
 def save_figure(figure, path):
     """Written beside and renamed: a viewer never opens half a picture."""
     part = path.with_suffix(f".part{path.suffix}")
-    figure.savefig(part, dpi=110)
+    with warnings.catch_warnings():     # a folder's name in another script is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(part, dpi=110)
     part.replace(path)
 
 def draw_curves(rows, phases, path, title=""):
@@ -565,12 +573,16 @@ def draw_comparison(runs, path):
 def draw_names(figure, names):
     """One legend for all panels: the runs that have a colour, and how many have none."""
     from matplotlib.lines import Line2D
-    handles = [Line2D([], [], color=f"C{number}", label=name)
-               for number, name in enumerate(names[:HIGHLIGHTED])]
+    # a label that begins with _ would be left out, hence the blank
+    labels = [" " * name.startswith("_") + printable(name, None) for name in names]
+    handles = [Line2D([], [], color=f"C{number}", label=label)
+               for number, label in enumerate(labels[:HIGHLIGHTED])]
     others = len(names) - HIGHLIGHTED
     if others > 0:
         handles.append(Line2D([], [], color="0.8", label=f"{others} more"))
-    figure.legend(handles=handles, loc="upper center", ncols=len(handles), fontsize=9)
+    legend = figure.legend(handles=handles, loc="upper center", ncols=len(handles), fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 def last_figures(runs):
     """The newest figures of each run as a table: lines to print."""
@@ -607,8 +619,8 @@ def read_runs(folders):
 
 def compare(folders, path, follow):
     """Draw some runs and print their last figures; with follow, redraw until Ctrl-C."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     runs = read_runs(folders)
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw_comparison(runs, path)
     try:
         if follow:
@@ -625,6 +637,7 @@ def compare(folders, path, follow):
 def main(argv=None):
     """Command line: bad input is one line and exit code 2."""
     flags.plain_output()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = flags.Parser(prog="report.py", description=__doc__, allow_abbrev=False,
                           formatter_class=flags.HelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="folder",

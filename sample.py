@@ -19,9 +19,13 @@ import io
 import itertools
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":      # importing torch takes seconds: Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -58,8 +62,9 @@ class Flags:
         tjepa.check(self, (
             ("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0, or 0.001 or more"),
             ("top_k", lambda v: v >= 0, "0 (all) or above"),
-            ("n length", lambda v: v >= 1, "1 or more"),
-            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("n", *tjepa.within(1, 1000)),
+            ("length", *tjepa.within(1, 100_000)),
+            ("top_p", *tjepa.within(1e-6, 1)),          # float32 takes 1e-300 for 0
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
         ))
 
@@ -223,12 +228,13 @@ def read_sentences(session, path):
     text = data.decode("--embed", path, raw)
     sentences = []
     for number, line in enumerate(data.clean(text).split("\n"), start=1):
-        n = len(session.tokenizer.encode(" " + line.strip()))
+        if not line.strip():
+            continue
+        sentences.append(" " + line.strip())
+        n = len(session.tokenizer.encode(sentences[-1]))
         if n > session.run.cfg.block_size:
             raise ValueError(f"{where}, line {number}: {n} tokens, and the run reads "
                              f"{session.run.cfg.block_size} at most: split the line")
-        if line.strip():
-            sentences.append(" " + line.strip())
     if not sentences:
         raise ValueError(f"{where} is empty: write a sentence a line")
     return data.pack(session.tokenizer, sentences, session.run.cfg.block_size, "--block_size")
@@ -243,6 +249,9 @@ def place_for_vectors(flags):
     if path.exists() and not flags.save:
         raise ValueError(f"--embed={flags.embed} would replace {path}: name a file by "
                          "--save=FILE.npy, which may be replaced")
+    for written in (path, path.with_suffix(".part")):   # `write_safely` writes both
+        if written.exists() and written.samefile(flags.embed):
+            raise ValueError(f"--save={path} would replace --embed={flags.embed}: name another")
     return path
 
 @torch.no_grad()
@@ -348,7 +357,7 @@ def go_on(session, text, source):
     if not ids:
         raise ValueError(f'{source} is empty: write the beginning of a text, as in '
                          '--go_on="What is thy"')
-    span = min(LENGTHS[-1], run.cfg.answer_size - 1)
+    span = min(LENGTHS[-1], run.cfg.answer_size - 1, run.cfg.block_size - 1)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     torch.manual_seed(flags.seed)
     print(printable(text.strip(), None), end="", flush=True)
@@ -371,6 +380,7 @@ def tell(session, text, source):
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C is exit code 130."""
     plain_output()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         given = read_flags(Flags, argv, "sample.py", positional="prompt")
         asked = [name for name in ACTIONS if given.get(name, False) is not False]

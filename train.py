@@ -181,6 +181,8 @@ def resolve(given):
     preset = PRESETS.get(given.get("preset"), {})
     recipe = RECIPES.get(given.get("recipe"), {})
     asked = preset | recipe | given
+    if "added" in given:
+        raise ValueError("--added is what a run remembers: add facts by --phase=teach --qa=FILE")
     if given.get("phase") == "teach" and "qa" in asked:
         asked["added"] = asked.pop("qa")                # the run keeps its own --qa
     paths = ("data", "qa", "qa_val", "added", "teacher", "init_from")
@@ -193,6 +195,8 @@ def resolve(given):
     if goes_on:
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
+        if given.get("phase") == "distill":             # begun anew, it forgets what was added
+            base["added"] = ""
         same_run(f"--out={out}", base, asked)
         if asked.get("qa") and not base["qa"]:          # answers are said with their own settings
             base |= dict(noise=Config.noise, echo=Config.echo)
@@ -217,6 +221,7 @@ def text_settings(asked):
     # In a script of its own each common character is a token; else characters are cut into bytes.
     counts = Counter(text[:2 ** 20])
     vocab_size += sum(c > "\u024f" and times >= 10 for c, times in counts.items())
+    vocab_size = min(vocab_size, 2 ** 16)
     settings = TEXT | dict(vocab_size=vocab_size, pretrain_steps=pretrain_steps,
                            speak_steps=speak_steps, eval_every=max(1, pretrain_steps // 4))
     used = [f"--{name}={value}" for name, value in settings.items() if name not in asked]
@@ -339,6 +344,14 @@ def write_config(out, config):
     made = dict(commit=report.program_version(), torch=torch.__version__,
                 date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     write_safely(Path(out) / "config.json", json.dumps(config | made, indent=1).encode())
+
+def says(out, config):
+    """Does out/config.json hold this config? A run that was killed may have left another one."""
+    try:
+        written = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and written.items() >= config.items()
 
 def load_checkpoint(out, flag="--out="):
     """The dict in out/ckpt.pt. Runs no code from it; ValueError says what is wrong with it."""
@@ -703,12 +716,13 @@ def with_end(answers, tokenizer):
 
 def make_lessons(run):
     """`Lessons` of phase 3: questions of DEC facts in trained wordings, and an echo of each answer.
+    Facts that were added (NEW) are said too.
 
     Thoughts are computed once, because the encoder is frozen. Echoes are of answers alone: when
     half of them were spans of text, LAT facts in new wordings lost .08 exact match.
     """
     questions, concepts = run.questions, run.concepts
-    asked = questions.where("DEC", phrasing="trained")
+    asked = questions.where("DEC", "NEW", phrasing="trained")
     answer_of = questions.answer_of[asked]
     echoed = questions.answer_tokens                                    # (A, L)
 
@@ -979,6 +993,9 @@ def check_phase_before(cfg, phases, checkpoint, is_text):
         before = EVERY.index("pretrain")
     ended = step >= steps and checkpoint["evaluated"]
     if (EVERY.index(phase), ended) >= (before, True):
+        if phases[0] == "teach" and checkpoint["answers"] is None:
+            raise ValueError(f"--phase=teach adds to answers, and the run in --out={out} was "
+                             "taught none: run --phase=distill --qa=FILE first, then --phase=speak")
         return
     command = f"`python train.py --resume --out={out}`"
     if ended:
@@ -1023,12 +1040,20 @@ def added_pairs(cfg, phases, checkpoint, tokenizer):
     if phases[0] in ("pretrain", "distill") and not cfg.resume:
         return []
     added = checkpoint["added"]
-    if phases[0] != "teach" or cfg.resume:
+    if phases[0] != "teach":
+        return added
+    number = 1 + max((number for _, _, number in added), default=0)
+    if cfg.resume and cfg.added == checkpoint["config"]["added"]:
+        return added                    # the file may be gone
+    if cfg.resume:
+        pairs = data.read_fitting(cfg.added, tokenizer, cfg.block_size, cfg.answer_size)
+        if [list(pair) for pair in pairs] != [row[:2] for row in added if row[2] == number - 1]:
+            raise ValueError(f"--qa={cfg.added}: these are not the facts that the run in "
+                             f"--out={cfg.out} is being taught: leave the flag out")
         return added
     if not cfg.added:
         raise ValueError("--phase=teach needs new facts: give --qa=FILE (lines of question, tab, "
                          "answer)")
-    number = 1 + max((number for _, _, number in added), default=0)
     pairs = data.read_fitting(cfg.added, tokenizer, cfg.block_size, cfg.answer_size)
     return added + [[question, answer, number] for question, answer in pairs]
 
@@ -1134,12 +1159,12 @@ def open_run(cfg, corpus, model):
                          "read: take another --out")
     if "pretrain" in left:
         check_cloze(cfg, corpus)
+    cfg = dataclasses.replace(cfg, teacher_width=0)     # its flag is what a run remembers
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = None
     phase_2_has_begun, added = False, []
     if is_text and phases[-1] == "speak":
         check_speech(cfg, checkpoint)
-        cfg = dataclasses.replace(cfg, teacher_width=0)
         print("no --qa: phase 2, which teaches answers to questions, has nothing to do and is "
               "skipped; phase 3 says gaps of the text")
     elif phases != ("pretrain",):
@@ -1164,12 +1189,13 @@ def open_run(cfg, corpus, model):
 def begun_anew(out, phases):
     """Must the checkpoint in out be kept, because these phases replace what it was trained in?
 
-    One that was stopped halfway is not kept in the place of an earlier one, which had ended.
+    So must one that facts are added to: who dislikes what they did goes back. One that was stopped
+    halfway is not kept in the place of an earlier one, which had ended.
     """
     if not (out / "ckpt.pt").exists():
         return False
     old = load_checkpoint(out)
-    if EVERY.index(old["phase"]) < EVERY.index(phases[0]):
+    if EVERY.index(old["phase"]) < EVERY.index(phases[0]) and phases[0] != "teach":
         return False
     ended = old["evaluated"] and old["step"] >= old["config"][f"{old['phase']}_steps"]
     return ended or not (out / PREVIOUS).exists()
@@ -1180,7 +1206,7 @@ def train_phases(opened):
     cfg, out = run.cfg, Path(run.cfg.out)
     log = begin_log(cfg, checkpoint, phases)
     keep_previous = not cfg.resume and begun_anew(out, phases)
-    if checkpoint:                      # a run that was killed may have left an older one
+    if checkpoint and not says(out, checkpoint["config"]):
         write_config(out, checkpoint["config"])
     if cfg.resume and checkpoint["evaluated"]:      # else its last row is not complete yet
         log.flush()
@@ -1271,34 +1297,48 @@ def end_bars():
     for bar in list(tqdm._instances):   # there is no public list of them
         bar.close()
 
+def is_out_of_memory(error):
+    """On a GPU, on a CPU (torch has no class of its own for it), or in Python."""
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
 def explain(error, cfg):
     """One sentence for an error of a run: what happened, and what to change."""
     if isinstance(error, OSError):      # a full disk, a folder without write permission
         where = f" in {error.filename}" if error.filename else ""
         return (f"{error.strerror or error}{where}: free space or allow writing there; --out says "
                 "where a run goes")
-    if isinstance(error, torch.OutOfMemoryError):
-        return (f"out of memory: raise --accum={cfg.accum}, which must divide both batch sizes, "
-                "and --resume")
+    if is_out_of_memory(error):
+        accum = cfg.accum if cfg else 1
+        return (f"out of memory: raise --accum={accum}, which must divide both batch sizes, and "
+                "run it again, with --resume if it has saved")
     return str(error)
+
+def written_at(out):
+    """When out/ckpt.pt was written, None if it is not there."""
+    path = Path(out) / "ckpt.pt"
+    return path.stat().st_mtime_ns if path.exists() else None
 
 def main(argv=None):
     """Command line: bad input is one line and exit code 2; Ctrl-C saves and exits with 130."""
     plain_output()
     signal.signal(signal.SIGINT, INTERRUPTS.handle)
     started = time.perf_counter()
-    cfg = None                          # until the flags have been understood
+    cfg = before = None                 # until the flags have been understood
     try:
         cfg = resolve(read_flags(Config, argv, "train.py"))
+        before = written_at(cfg.out)
         run(cfg)
     except KeyboardInterrupt:
         end_bars()
         said = "stopped; nothing was written"
-        if cfg and (Path(cfg.out) / "ckpt.pt").exists():
+        if cfg and written_at(cfg.out) != before:
             said = f"stopped and saved; go on with: python train.py --resume --out={cfg.out}"
         print(said, file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise                       # a fault of this program: its traceback says where
         end_bars()
         print(f"train.py: error: {data.printable(explain(error, cfg), None)}", file=sys.stderr)
         sys.exit(2)

@@ -66,6 +66,9 @@ class Text:
         begins = np.append(0, ends[:-1] + 1)
         lengths = ends - begins
         enough = lengths > 1
+        if not enough.any():
+            raise ValueError(f"{name}: no document between two {END_OF_TEXT} has more than one "
+                             "token: give longer ones")
         begins = begins[enough]
         # how many rows may start in each document
         rows = np.maximum(1, lengths[enough] - block_size + 1)
@@ -240,7 +243,8 @@ def load_facts(cfg, tokenizer):
     """
     folder = prepare_facts(cfg.facts, cfg.vocab_size, cfg.block_size, tokenizer=cfg.tokenizer)
     try:
-        own = Tokenizer.from_state(json.loads((folder / "tokenizer.json").read_text()))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        own = Tokenizer.from_state(json.loads(text))
         streams = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
                    for name in ("train", "val")}
         pairs = read_rows(folder / "qa.tsv", QA)
@@ -248,7 +252,7 @@ def load_facts(cfg, tokenizer):
         values = {}
         for relation, value in read_rows(folder / "values.tsv", lambda *row: row):
             values.setdefault(relation, []).append(value)
-        files = json.loads((folder / "meta.json").read_text())["files"]
+        files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
     except OSError as error:
         raise ValueError(f"data/facts: cannot read {folder} ({error.strerror or error}): "
                          "remove that folder, it is written anew") from None

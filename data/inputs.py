@@ -23,6 +23,8 @@ PAIRS_LIMIT = 2 ** 28
 # divides the documents of a text, as in GPT-2's data
 END_OF_TEXT = "<|endoftext|>"
 VECTORS_LIMIT = 2 * 2 ** 30
+# how wide a teacher's vectors may be: whitening them takes the square of it in memory
+WIDTH_LIMIT = 10_000
 # how much of a file's content an error message quotes, in characters
 QUOTE = 60
 
@@ -107,7 +109,9 @@ def read_text(path):
     where = f"--data={printable(path, None)}"
     files = [path]
     if os.path.isdir(path):
-        files = sorted(Path(path).rglob("*.txt"))
+        # not rglob: it fails where a folder goes away meanwhile
+        files = sorted(Path(folder) / name for folder, _, names in os.walk(path)
+                       for name in names if name.endswith(".txt"))
         if not files:
             raise ValueError(f"{where} is a folder without .txt files; give {wanted}")
     texts = []
@@ -278,6 +282,9 @@ def read_vectors(path, answers):
     if not numbers or len(names) != len(vectors):
         raise ValueError(f"{where}: `vectors` must be {len(names)} rows of numbers of one width, "
                          f"not {vectors.dtype} {vectors.shape}")
+    if vectors.shape[1] > WIDTH_LIMIT:
+        raise ValueError(f"{where}: `vectors` are {vectors.shape[1]:,} numbers wide, above "
+                         f"{WIDTH_LIMIT:,}: reduce them, by a projection for instance")
     # a number that float32 cannot hold becomes infinite, and is then refused
     with np.errstate(over="ignore"):
         vectors = vectors.astype(np.float32)

@@ -71,8 +71,8 @@ def publish(lab, rows, text, path):
     body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit "
             f"{', '.join(commits)} on {', '.join(devices)}.\n\n{text}\n<!-- /{lab} -->")
     block = re.compile(f"<!-- {lab} -->.*?<!-- /{lab} -->", re.DOTALL)
-    page, n = block.subn(lambda _: body, Path(path).read_text())
+    page, n = block.subn(lambda _: body, Path(path).read_text(encoding="utf-8"))
     if not n:
         raise ValueError(f"--table={path} has no place for it: "
                          f"add the lines <!-- {lab} --> and <!-- /{lab} -->")
-    Path(path).write_text(page)
+    Path(path).write_text(page, encoding="utf-8")

@@ -1,14 +1,15 @@
 """
 Command lines and files that people or programs may give: each succeeds or is refused cleanly.
 
-    python -m tests.cases               more than 600 cases, about 20 minutes; seed 0
+    python -m tests.cases               more than 900 cases, about 30 minutes; seed 0
     python -m tests.cases --part=0/2    every second case: two parts may run at once
     python -m tests.cases --only=^qa    the cases whose names match a regular expression
 
 A case must end within 10 seconds of a processor: with exit code 0; with 2 and one line on stderr
-that begins with `PROG: error:`; or with 130 after Ctrl-C. No traceback, no other exit code, no control
-characters.
-A refused command leaves every file of the run as it was, byte by byte, and creates no folder.
+that begins with `PROG: error:`; or with 130 after Ctrl-C. No traceback, no other exit code, no
+control characters.
+A refused command leaves every file of the run as it was, byte by byte, and creates no folder and
+no file of vectors.
 If training itself failed (its loss was no longer a number), the old checkpoint must still be there.
 """
 import argparse
@@ -42,7 +43,7 @@ SHORT = dict(pretrain_steps=2, distill_steps=2, speak_steps=2)
 
 
 class Case(NamedTuple):
-    """One command. {folder} in a word is the folder of all files; run, half, read are in it."""
+    """One command. {folder} in a word is the folder of all files; the runs of RUNS are in it."""
     name: str
     program: str
     words: list
@@ -64,7 +65,8 @@ def flag_cases(rng, number):
     fields = [field for field in dataclasses.fields(train.Config)
               if field.name not in ("out", "compile")]
     begins = (["--resume"], ["--phase=distill", *as_argv(SHORT)], ["--phase=speak", "--no-resume"],
-              ["{base}", *as_argv(SHORT)])
+              ["{base}", *as_argv(SHORT)],
+              ["--phase=teach", "--teach_steps=2", "--qa={folder}/files/new"])
     for _ in range(number):
         field = rng.choice(fields)
         value = rng.choice(values[field.type])
@@ -83,7 +85,8 @@ ODD = ["--out=", "--out= ", "--out", "--out=a\0b", "--out=/dev/null", "--out=/de
        "--outt=x", "--learning_rate=1", "--max_iters=5", "-x", "--", "-", "x", "x y", "",
        "--n_embd", "--resume=maybe", "--no-n_embd", "--no-resume=1", "\udcff", "--\udcff=1",
        "--\x1b[31m=1", "---", "--=1", "--out--out", "--PHASE=all", "--phase:all", "@file",
-       "--a\nb=1", "--" + "a" * 5000, "--help=1", "--version", "--seed=1 --seed=2"]
+       "--a\nb=1", "--" + "a" * 5000, "--help=1", "--version", "--seed=1 --seed=2",
+       "--teacher_width=1000000"]
 
 
 def odd_cases():
@@ -126,7 +129,12 @@ def write_files(folder):
         "huge field": b"x\t" + b"w" * 200_000 + b"\n", "many tabs": b"\t" * 10 ** 6,
         "many quotes": b'"' * 10 ** 6, "mixed": b"a\tb\nc,d\n",
         "nfd": "e\u0301?\te\u0301\n".encode(),
-        "one pair": b"Who?\tme\n",
+        "documents": b"a<|endoftext|>" * 3000, "ends": b"<|endoftext|>" * 3000,
+        "last documents": text.encode() + b"<|endoftext|>a" * 1500,
+        "one pair": b"Who?\tme\n", "new": b"Who painted the shed?\tAda\nWhose is it?\tmine\n",
+        "other answers": lines.replace("\t", "\tnot ").encode(),
+        "reworded": b"Say: which colour has moss?\tgreen\n",
+        "reworded wrongly": b"Say: which colour has moss?\tnowhere\n",
         "many pairs": "".join(f"q{i}?\tn{i}\n" for i in range(3000)).encode(),
         "good": lines.encode(), "good text": text.encode(), "short text": text[:300].encode(),
         "other text": (text + " And more.").encode(),
@@ -334,6 +342,13 @@ def report_cases(logs):
                   "{folder}/text.txt/x.png", "a" * 300 + ".png", "{folder}/run.png/", "a\0.png",
                   "{folder}/fifo/x.pdf", "{folder}/\udcff.png", "{folder}/loop/x.png"):
         yield Case(f"report out={value[:20]!r}", "report.py", ["{folder}/run", f"--out={value}"])
+    for names in (("run", "half"), ("run", "text", "taught"), ("run", "log nan"),
+                  ("run", "nowhere"), ("run", "foreign"), ("run", "work/../run"), ("run", "half") * 6,
+                  ("run", "log fifo"), ("half", "log large"), ("read", "taught", "log negative")):
+        runs = [f"{{folder}}/{name}" for name in names]
+        yield Case(f"report {names}", "report.py", [*runs, picture])
+        yield Case(f"report {names} --follow", "report.py", [*runs, picture, "--follow"],
+                   ctrl_c=1.5)
     for words in ([], [picture], ["--x"], ["--follow=1"], [""], ["--folow"], ["{folder}/run"] * 9):
         yield Case(f"report {words}", "report.py", [*words, picture] if words[:1] else words)
 
@@ -351,14 +366,147 @@ def interrupt_cases(rng, number):
                    ctrl_c=rng.uniform(0, 2))
 
 
+# -- own text, added facts, vectors ----------------------------------------------------------------
+def own_text_cases(files):
+    """Each file as a text without questions, which goes through phases 1 and 3."""
+    base = ["{base}", "--qa=", *as_argv(SHORT), "--out={folder}/new"]
+    for name, path in files.items():
+        yield Case(f"text {name}", "train.py", [*base, f"--data={path}"])
+    for words in (["--memory=tokens"], ["--teacher={folder}/files/good.npz"], ["--answer_size=4"],
+                  ["--distill=align"], ["--echo=0"], ["--echo=0.999"], ["--qa_batch_size=1"],
+                  ["--mask_ratio=0.01"], ["--mask_ratio=0.9"], ["--max_span=1"], ["--mlm=0"],
+                  ["--block_size=4"], ["--accum=8"], ["--masks=3"], ["--speak_steps=0"],
+                  ["--phase=distill"], ["--phase=teach"], ["--phase=speak"],
+                  ["--qa_val={folder}/qa.tsv"], ["--preset=minute", *as_argv(SHORT)]):
+        yield Case(f"text {' '.join(words)}", "train.py",
+                   [*base, "--data={folder}/text.txt", *words])
+    for words in (["--phase=speak"], ["--phase=speak", "--qa={folder}/qa.tsv"], ["--phase=distill"],
+                  ["--phase=distill", "--qa={folder}/qa.tsv"], ["--resume"],
+                  ["--resume", "--speak_steps=3", "--data={folder}/files/good text"],
+                  ["--phase=speak", "--data={folder}/files/other text"]):
+        yield Case(f"on text {' '.join(words)}", "train.py",
+                   [*words[:1], *as_argv(SHORT)[1:], *words[1:], "--out={folder}/text"])
+
+
+def gap_cases():
+    """--fill and --go_on on a run that says gaps, and on others."""
+    fillings = ["", " ", "[...]", "a [...]", "[...] a", "a [...] b [...] c", "a [..] b",
+                "a [\u2026] b", "[...", "...]", "[[...]]", "The moss is [...].",
+                "w " * 500 + "[...]", "[...]" + " w" * 500, "x" * 200_000 + " [...]", "[...]" * 1000, "a\nb [...]\nc",
+                "\x1b[2J [...] \u202e", "\udcff [...]", "春天 [...] 大海", "e\u0301 [...] ",
+                "--x [...]", "[...]\u2028"]
+    begins = ["", " ", "\n", "The", "The moss is", "w " * 500, "x" * 200_000, "[...]", "\x1b[2J",
+              "\udcff", "春天", "\u202e", "-", "--out"]
+    for name, texts in (("fill", fillings), ("go_on", begins)):
+        for text in texts:
+            yield Case(f"{name} {text[:20]!r}", "sample.py",
+                       ["--out={folder}/text", f"--{name}={text}"])
+    for run in ("run", "half", "read", "taught", "foreign", "nowhere"):
+        for word in ("--fill=The [...] is.", "--go_on=The moss"):
+            yield Case(f"{word} on {run}", "sample.py", [f"--out={{folder}}/{run}", word])
+    fill, go_on = "--fill=The moss is [...] again.", "--go_on=The moss is"
+    for words in ([fill, "--temperature=1"], [fill, "--temperature=1", f"--n={2 ** 62}"],
+                  [fill, "--temperature=1", "--n=1000"], [fill, "--temperature=1e9", "--top_k=1"],
+                  [fill, "--top_p=1e-300", "--temperature=1"], [fill, "--n=0"], [fill, go_on],
+                  [go_on, "--length=0"], [go_on, f"--length={2 ** 62}"], [go_on, "--length=1e3"],
+                  [go_on, "--length=300"], [go_on, "--length=1"], [go_on, "--temperature=1e9"],
+                  [go_on, "--embed={folder}/text.txt"], [fill, "--list"], [fill, "a question"],
+                  ["a question"], ["--inspect=The [moss] is"], ["--inspect=moss"], ["--list"]):
+        yield Case(f"gaps {words}", "sample.py", ["--out={folder}/text", *words])
+    for name in ("good", "control", "random", "long words"):
+        yield Case(f"gaps, conversation {name}", "sample.py", ["--out={folder}/text"],
+                   stdin=f"{{folder}}/files/{name}")
+
+
+def teach_cases(files):
+    """Facts that are added to runs of every kind, from files of every kind."""
+    teach = ["--phase=teach", "--teach_steps=2"]
+    for name in ("empty", "random", "utf16", "fifo", "folder", "missing", "/dev/zero", "one",
+                 "good", "other answers", "two answers", "twice", "long question",
+                 "long answer", "control", "rtl", "csv", "huge field", "many pairs", "checkpoint", "header only", "new"):
+        yield Case(f"teach {name}", "train.py",
+                   [*teach, f"--qa={files[name]}", "--out={folder}/run"])
+    new = "--qa={folder}/files/new"
+    for run in ("half", "read", "text", "taught", "foreign", "nowhere"):
+        yield Case(f"teach on {run}", "train.py", [*teach, new, f"--out={{folder}}/{run}"])
+    for words in ([], ["--qa="], ["--qa"], [new, "--data={folder}/files/other text"],
+                  [new, "--qa_val={folder}/files/reworded"], [new, "--teach_lr=1000", "--clip=1e9"],
+                  [new, "--teacher={folder}/files/good.npz"], [new, "--distill=align"],
+                  [new, "--memory=tokens"], [new, "--n_embd=64"], [new, "--seed=3"],
+                  [new, "--resume"], [new, "--teach_steps=0"], [new, "--qa_batch_size=1"],
+                  [new, "--echo=0"], [new, "--answer_size=4"], [new, "--added={folder}/qa.tsv"],
+                  [new, "--init_from={folder}/half"], [new, "--accum=8"], [new, "--recipe=v2"]):
+        yield Case(f"teach {words}", "train.py", [*teach, *words, "--out={folder}/run"])
+    for words in (["--resume"], ["--resume", "--phase=teach"], ["--resume", "--teach_steps=3"],
+                  ["--resume", "--phase=teach", "--qa={folder}/files/one pair"],
+                  ["--resume", "--added={folder}/files/one pair"],
+                  ["--resume", "--added={folder}/files/new"], ["--resume", "--seed=9"],
+                  ["--phase=speak", "--speak_steps=2"], ["--phase=distill", "--distill_steps=2"],
+                  ["--phase=distill", "--added={folder}/qa.tsv"], ["--resume", "--speak_steps=3"]):
+        yield Case(f"on taught {words}", "train.py", [*words, "--out={folder}/taught"])
+    for words in (["--list"], ["a question", "--always_answer"], ["--list=maybe"], ["--list", "x"]):
+        yield Case(f"taught {words}", "sample.py", ["--out={folder}/taught", *words])
+    for run in ("run", "half", "read", "nowhere"):
+        yield Case(f"list {run}", "sample.py", [f"--out={{folder}}/{run}", "--list"])
+    for name in ("reworded", "reworded wrongly", "good", "one pair", "empty", "fifo", "random"):
+        yield Case(f"qa_val {name}", "train.py", [
+            "--phase=distill", "--distill_steps=2", f"--qa_val={files[name]}",
+            "--out={folder}/run"])
+
+
+def init_cases():
+    """Phase 1 that goes on from runs of every kind, in a new folder or in one that is there."""
+    for place in ("run", "half", "read", "text", "taught", "foreign", "nowhere", "fifo", "text.txt",
+                  "loop", "", "a\nb", "\udcff"):
+        yield Case(f"init_from {place!r}", "train.py", [
+            *as_argv(SHORT), f"--init_from={{folder}}/{place}", "--out={folder}/new"])
+    begin = [*as_argv(SHORT), "--init_from={folder}/run"]
+    for words in (["--out={folder}/run"], ["--out={folder}/work/../run"], ["--out={folder}/half"],
+                  ["--out={folder}/foreign"], ["--resume", "--out={folder}/half"],
+                  ["--phase=distill", "--out={folder}/half"], ["--n_embd=64"], ["--dec_layer=2"],
+                  ["--data={folder}/files/other text"], ["--data=facts", "--qa="], ["--qa="],
+                  ["--phase=pretrain"], ["--seed=5"], ["--recipe=v2"], ["--memory=tokens"],
+                  ["--tokenizer=gpt2"], ["--vocab_size=500"], ["--pretrain_steps=0"],
+                  ["--preset=minute"], ["--teacher={folder}/files/good.npz"],
+                  ["{base}", *as_argv(SHORT), "--init_from="], ["--init_from"],
+                  ["--block_size=16"]):
+        yield Case(f"init_from {words}", "train.py", [*begin, "--out={folder}/new", *words])
+
+
+def vector_cases(files):
+    """--embed and --save."""
+    save = "--save={folder}/new.npy"
+    for name in ("empty", "blank", "zero", "utf16", "surrogate", "bom", "cut", "random", "gzip",
+                 "long line", "long words", "newlines", "blanks", "combining", "no blanks",
+                 "control", "emoji", "rtl", "cr", "separators", "long question", "strange name",
+                 "sparse", "fifo", "dangling", "loop", "folder", "missing", "/dev/zero",
+                 "/dev/null", "checkpoint", "good", "many pairs"):
+        yield Case(f"embed {name}", "sample.py",
+                   ["--out={folder}/run", f"--embed={files[name]}", save])
+    for run in ("half", "read", "text", "taught", "nowhere"):
+        yield Case(f"embed on {run}", "sample.py",
+                   [f"--out={{folder}}/{run}", "--embed={folder}/qa.tsv", save])
+    embed = "--embed={folder}/qa.tsv"
+    for words in ([save], [embed, "--save="], [embed, "--save=x"], [embed, "--save=/dev/full"],
+                  [embed, "--save={folder}/nowhere/x.npy"], [embed, "--save={folder}/run"],
+                  [embed, "--save={folder}/folder.npy"], ["--embed={folder}/keep.npy"],
+                  ["--embed={folder}/keep.npy", "--save={folder}/keep.npy"],
+                  ["--embed={folder}/keep.part", "--save={folder}/keep.npy"],
+                  [embed, "--save={folder}/run/ckpt.pt"], [embed, "--save=/proc/x.npy"],
+                  [embed, save, "--list"], [embed, save, "a question"], ["--embed="], ["--embed"]):
+        yield Case(f"embed {words}", "sample.py", ["--out={folder}/run", *words])
+
+
 # -- judging ---------------------------------------------------------------------------------------
-RUNS = ("run", "half", "read", "foreign")
+RUNS = ("run", "half", "read", "text", "taught", "foreign")
+KEPT = ("keep.npy", "keep.part")       # texts that a command must not replace
 
 
 def contents(folder):
-    """Path -> bytes of all files of the runs."""
-    return {str(path): path.read_bytes() for name in RUNS
-            for path in (folder / name).rglob("*") if path.is_file()}
+    """Path -> bytes of all files of the runs, and of those that are to be kept."""
+    files = [path for name in RUNS for path in (folder / name).rglob("*") if path.is_file()]
+    files += [folder / name for name in KEPT if (folder / name).exists()]
+    return {str(path): path.read_bytes() for path in files}
 
 
 def filled(word, folder):
@@ -409,14 +557,14 @@ def judge(case, folder, base, originals, before):
     elif kind == "refused":
         wrong = clean_line(ended.err, case.program)
         if not wrong and "no longer a number" in ended.err:
-            old = [before[f"{folder}/{name}/ckpt.pt"] for name in RUNS[:3]]
+            old = [before[f"{folder}/{name}/ckpt.pt"] for name in RUNS[:-1]]
             if any(content not in after.values() for content in old):
                 wrong = "the old checkpoint is lost"
         elif not wrong and after != before:
             changed = [path for path in before | after if before.get(path) != after.get(path)]
             wrong = f"changed: {changed}"
-        elif not wrong and (folder / "new").exists():
-            wrong = "a folder was created"
+        elif not wrong and ((folder / "new").exists() or any(folder.glob("new.*"))):
+            wrong = "a folder or a file was created"
     elif "Traceback" in ended.err:
         wrong = f"traceback: {ended.err[-300:]}"
     elif kind == "stopped":
@@ -427,7 +575,10 @@ def judge(case, folder, base, originals, before):
         for name in RUNS:
             shutil.rmtree(folder / name)
             shutil.copytree(originals / name, folder / name)
+        for name in KEPT:
+            shutil.copy(originals / name, folder)
     shutil.rmtree(folder / "new", ignore_errors=True)
+    (folder / "new.npy").unlink(missing_ok=True)
     return kind, wrong
 
 
@@ -446,6 +597,9 @@ SHELL = {       # what a shell may do with streams: command -> exit codes that a
     "{report} >/dev/full": (0,), "{report} 2>&- >&-": (0,),
     "{train} & sleep 1; kill -INT $!; wait $!": (130,),
     "{train} & sleep .3; kill -INT $!; wait $!": (130,),
+    "{ask} & sleep .3; kill -INT $!; wait $!": (130,),
+    "{ask} moss & sleep 1; kill -INT $!; wait $!": (130,),
+    "{report} & sleep .3; kill -INT $!; wait $!": (130,),
     "{train} --pretrain_steps=1000000 & sleep 8; kill -INT $!; sleep .2; kill -INT $!; wait $!":
         (130,),
 }
@@ -480,8 +634,10 @@ def judge_shell(line, folder, base):
 
 
 def make_runs(folder):
-    """A finished run, one that was stopped in phase 2, and one that has only read; base flags."""
-    write_corpus(folder)
+    """The runs of RUNS but the foreign one; base flags."""
+    for name in KEPT:
+        (folder / name).write_text("A line that is to be kept.\n")
+    (folder / "folder.npy").mkdir()
     (folder / "work").mkdir()
     Process(lambda argv: fresh_facts(folder / "facts"), [], folder).wait()
     flags_of_all = FLAGS | dict(data=folder / "text.txt", qa=folder / "qa.tsv")
@@ -490,23 +646,27 @@ def make_runs(folder):
         [*base, *as_argv(SHORT), "--speak_steps=100", f"--out={folder / 'run'}"],
         [*base, "--pretrain_steps=2", "--phase=pretrain", f"--out={folder / 'half'}"],
         ["--phase=distill", "--distill_steps=2", f"--out={folder / 'half'}"],
-        [*base, "--pretrain_steps=2", "--phase=pretrain", f"--out={folder / 'read'}"])
+        [*base, "--pretrain_steps=2", "--phase=pretrain", f"--out={folder / 'read'}"],
+        [*base, *as_argv(SHORT), "--qa=", "--speak_steps=30", f"--out={folder / 'text'}"],
+        [*base, *as_argv(SHORT), f"--out={folder / 'taught'}"],
+        ["--phase=teach", "--teach_steps=2", f"--qa={folder / 'files' / 'new'}",
+         f"--out={folder / 'taught'}"])
     for argv in commands:
         ended = Process(train.main, argv, folder).wait()
         assert ended.code == 0, ended.err
     return base
 
 
-def all_cases(folder, rng):
+def all_cases(folder, rng, files):
     """The cases, without those in a shell."""
-    files = write_files(folder)
     (folder / "files" / "large").write_text(" ".join(
         "".join(rng.choices("abcdefghijklmnop", k=rng.randrange(3, 12))) for _ in range(400_000)))
     vectors = write_vectors(folder)
     cases = [*flag_cases(rng, 110), *odd_cases(), *file_cases(files),
-    *teacher_cases(vectors, files),
-             *run_cases(rng, 90), *sample_cases(), *report_cases(write_logs(folder)),
-             *interrupt_cases(rng, 30)]
+             *teacher_cases(vectors, files), *run_cases(rng, 90), *sample_cases(),
+             *report_cases(write_logs(folder)), *interrupt_cases(rng, 30),
+             *own_text_cases(files), *gap_cases(), *teach_cases(files), *init_cases(),
+             *vector_cases(files)]
     # a null byte in a word cannot reach a program
     return [case for case in cases if not any("\0" in word for word in case.words)]
 
@@ -525,11 +685,15 @@ def main():
     wrongs = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        write_corpus(folder)
+        files = write_files(folder)
         base = make_runs(folder)
-        cases = all_cases(folder, rng)
+        cases = all_cases(folder, rng, files)
         originals = folder / "originals"
         for run in RUNS:
             shutil.copytree(folder / run, originals / run)
+        for file in KEPT:
+            shutil.copy(folder / file, originals)
         before = contents(folder)
         for case in cases[part::parts]:
             if not re.search(given.only, case.name):

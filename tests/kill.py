@@ -4,9 +4,11 @@ Kill train.py at 60 random moments, go on, and compare with the same command und
     python -m tests.kill                60 kills, some minutes; seed 0
     python -m tests.kill --kills=12     a quick look, one kill of each kind
 
-The toy of tests/toy.py goes through all three phases, or one of its phases is begun anew on a
-finished run with another seed. SIGKILL strikes at a random moment, while a file is being written,
-in the first evaluation of a phase begun anew, or while the shipped facts are being prepared.
+The toy of tests/toy.py goes through all three phases, or through the two of a text without
+questions; or on a finished run a phase is begun anew with another seed, or facts are added once or
+twice; or phase 1 goes on from it in a new folder. SIGKILL strikes at a random moment, while a file
+is being written, in the first evaluation of a phase begun anew, or while the shipped facts are
+being prepared.
 Checked after each kill:
 
     the checkpoint that was there before is whole, as ckpt.pt or ckpt.previous.pt, at every moment
@@ -33,12 +35,13 @@ from data.facts import prepare
 from tests.forked import Process
 from tests.toy import FLAGS, as_argv, write_corpus
 
-STEPS = dict(pretrain_steps=40, distill_steps=40, speak_steps=40, eval_every=20)
-PHASES_ANEW = ("pretrain", "distill", "speak")
+STEPS = dict(pretrain_steps=40, distill_steps=40, speak_steps=40, teach_steps=40, eval_every=20)
+# what is done on a finished run -> the command that made it
+FINISHED = dict(pretrain="all", distill="all", speak="all", teach="all", more="teach", gaps="text")
 # how often each command is killed at each kind of moment, of 60
-KINDS = {("all", "any"): 8, ("all", "writing"): 8, ("facts", "preparing"): 8}
-KINDS |= {(phase, moment): 4
-          for phase in PHASES_ANEW for moment in ("any", "writing", "evaluating")}
+KINDS = {("all", "any"): 6, ("all", "writing"): 6, ("facts", "preparing"): 6}
+KINDS |= {(name, moment): 2 for name in FINISHED for moment in ("any", "writing", "evaluating")}
+KINDS |= {("text", "any"): 2, ("text", "writing"): 2, ("init", "any"): 1, ("init", "writing"): 1}
 
 
 class Command(NamedTuple):
@@ -59,15 +62,23 @@ def rows_of(out):
 
 
 def commands(folder):
-    """Name -> argv: a whole run, a phase begun anew, a run on the shipped facts."""
+    """Name -> argv: whole runs, a phase begun anew, facts added, a run on the shipped facts."""
     paths = dict(data=folder / "text.txt", qa=folder / "qa.tsv")
     whole = as_argv(FLAGS | STEPS | paths)
     facts = as_argv(FLAGS | dict(phase="pretrain", pretrain_steps=4, vocab_size=800))
+    for name, thing in (("new", "fern"), ("more", "reed")):
+        (folder / f"{name}.tsv").write_text(f"Who painted the {thing}?\tAda\n"
+                                            f"What is the colour of the {thing}?\tpink\n")
     return dict(
         all=whole,
         pretrain=[*whole, "--phase=pretrain", "--seed=1"],
         distill=["--phase=distill", "--seed=1"],
         speak=["--phase=speak", "--seed=1"],
+        teach=["--phase=teach", f"--qa={folder / 'new.tsv'}"],
+        more=["--phase=teach", f"--qa={folder / 'more.tsv'}", "--seed=1"],
+        text=[*whole, "--qa="],
+        gaps=["--phase=speak", "--seed=1"],
+        init=[*whole, f"--init_from={folder / 'whole-all'}", "--seed=1"],
         facts=facts)
 
 
@@ -162,13 +173,13 @@ def wait_for(process, moment, seconds, rng, folder, out, check):
         until(lambda: time.perf_counter() > stop)
 
 
-def kill(folder, finished, name, moment, command, rng, number):
+def kill(folder, name, moment, command, rng, number):
     """One kill: (where it hit, list of what was wrong after it)."""
     out = folder / f"killed{number}"
     old = None
     wrong = []
-    if name in PHASES_ANEW:
-        shutil.copytree(finished, out)
+    if name in FINISHED:
+        shutil.copytree(folder / f"whole-{FINISHED[name]}", out)
         old = (out / "ckpt.pt").read_bytes()
 
     def check():
@@ -226,14 +237,12 @@ def main():
         folder = Path(name)
         write_corpus(folder)
         argv = commands(folder)
-        known = dict(all=whole_run(folder, "all", argv["all"]))
-        finished = folder / "whole-all"
-        for name in argv:
-            if name != "all":
-                source = finished if name in PHASES_ANEW else None
-                known[name] = whole_run(folder, name, argv[name], source)
+        known = {}
+        for name in sorted(argv, key=lambda name: (name in FINISHED, name == "more")):
+            source = folder / f"whole-{FINISHED[name]}" if name in FINISHED else None
+            known[name] = whole_run(folder, name, argv[name], source)
         for number, (name, moment) in enumerate(kinds, start=1):
-            where, wrong = kill(folder, finished, name, moment, known[name], rng, number)
+            where, wrong = kill(folder, name, moment, known[name], rng, number)
             right += not wrong
             print(f"kill {number}, {name}, {moment}: {where}; "
                   f"{'; '.join(wrong) or 'bit-identical'}", flush=True)

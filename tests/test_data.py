@@ -1,4 +1,5 @@
 """What can be relied on when files become batches: whatever is wrong with a file is one line."""
+import ast
 import io
 import os
 import random
@@ -433,3 +434,18 @@ def test_own_text_is_read_whatever_its_script(tmp_path):
         corpus = data.load(train.Config(**FLAGS | dict(data=str(path), block_size=4)))
         tokens = np.concatenate([corpus.train.tokens, corpus.val.tokens])
         assert corpus.tokenizer.decode(tokens.tolist()) == text
+
+
+def test_every_text_is_read_and_written_as_utf8():
+    """Whatever the machine's own encoding is: no call leaves it out, but for numbers alone."""
+    root = Path(data.__file__).parent.parent
+    numbers = ("COST", "owner")         # files that hold one number
+    for path in [*root.glob("*.py"), *root.glob("data/**/*.py"), *root.glob("labs/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+            text = name.endswith((".read_text", ".write_text")) and name != "data.read_text"
+            if name == "open" or text:
+                written = ast.unparse(call)
+                binary = any(mode in written for mode in ("'wb'", "'rb'", "'w+b'"))
+                right = "encoding='utf-8'" in written or binary
+                assert right or any(word in written for word in numbers), f"{path}: {written}"

@@ -148,7 +148,7 @@ def test_an_answer_must_fit_the_encoder_too(world, base, refused, tmp_path):
         data.Questions([row], data.load(world.cfg).tokenizer, 32, 300, "cpu")
 
 
-@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged", "no width"])
+@pytest.mark.parametrize("fault", ["missing", "nan", "rows", "ragged", "no width", "too wide"])
 def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
     """A teacher's file that lacks an answer, holds no numbers, or has another number of rows."""
     answers, vectors = COLOURS, np.ones((len(COLOURS), 4))
@@ -162,6 +162,8 @@ def test_bad_vectors_are_refused(base, refused, tmp_path, fault):
         vectors, words = vectors[1:], "rows"
     elif fault == "no width":
         vectors = vectors[:, :0]
+    elif fault == "too wide":
+        vectors, words = np.ones((len(COLOURS), 10_001), np.int8), "10,001 numbers wide"
     else:
         vectors = np.empty(len(COLOURS), dtype=object)
     np.savez(tmp_path / "bad.npz", answers=answers, vectors=vectors)
@@ -510,9 +512,35 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(world, tmp_path,
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
-def test_a_full_gpu_says_how_to_take_less(refused, monkeypatch):
-    """Out of memory is the commonest error on a GPU."""
+def test_ctrl_c_before_the_first_save_does_not_say_that_it_saved(copy, monkeypatch, capsys):
+    """The finished run that is there is another one: --resume would train nothing."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", interrupted)
+    before = contents(copy)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--phase=speak", f"--out={copy}"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped; nothing was written\n"
+    assert contents(copy) == before     # config.json too: it names the program that wrote ckpt.pt
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 160000000000 bytes. Error code 12"),
+    MemoryError()])
+def test_full_memory_says_how_to_take_less(refused, monkeypatch, error):
+    """The commonest error on a GPU; on a CPU torch raises a RuntimeError like any other."""
     def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise error
     monkeypatch.setattr(train, "run", full)
     assert "out of memory: raise --accum=4" in refused("--accum=4")
+
+
+def test_a_fault_of_the_program_is_shown_whole(monkeypatch):
+    """It is no input's fault, and its traceback says where it is."""
+    def fault(cfg):
+        raise RuntimeError("expected scalar type Float")
+    monkeypatch.setattr(train, "run", fault)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        train.main([])

@@ -220,6 +220,23 @@ def test_of_many_runs_five_have_a_colour(tmp_path, monkeypatch):
     assert names == ["0", "1", "2", "3", "4", "2 more"]
 
 
+def test_a_folder_of_any_name_is_drawn(draw, tmp_path):
+    """As it is written: not as a formula, not left out of the legend, and surrogates no error."""
+    names = ["$a^$", "_b", "\udcff", "春"]
+    draw(ROWS, report.PHASES, tmp_path / "one.png", title="out/$a^$ \udcff")
+    report.draw_comparison(dict.fromkeys(names, ROWS), tmp_path / "several.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"one.png", "several.png"}
+    figure, _ = report.new_figure("", 2)
+    report.draw_names(figure, names)
+    assert [text.get_text().strip() for text in figure.legends[0].texts] == [
+        "$a^$", "_b", "\\udcff", "春"]
+
+
+def test_a_refused_comparison_makes_no_folder(tmp_path, capsys):
+    refused(capsys, report.main, [str(tmp_path / "none"), f"--out={tmp_path / 'new' / 'x.png'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_following_redraws_until_ctrl_c(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "a")
     pauses = []

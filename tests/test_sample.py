@@ -274,6 +274,16 @@ def test_embed_replaces_only_a_file_that_was_named(runs, ask, fails, tmp_path):
     assert np.load(tmp_path / "a.npy").shape == (1, 32)
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.part"])
+def test_embed_does_not_replace_its_own_text(runs, fails, tmp_path, name):
+    """Neither by the vectors nor by the file that they are written to before it is renamed."""
+    (tmp_path / name).write_text("Golf")
+    said = fails(f"--out={runs['speak']}", f"--embed={tmp_path / name}",
+                 f"--save={tmp_path / 'a.npy'}")
+    assert "would replace --embed" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["Golf"]
+
+
 @pytest.mark.parametrize("content, more, words", [
     (b" \n", [], "is empty"),
     (b"Golf\n" + b"word " * 99, [], "line 2"),
@@ -401,10 +411,13 @@ ONE_SPAN = "exactly one span in brackets"
     (["--temperature=nan"], "--temperature"),
     (["--top_p=0"], "--top_p=0.0 must be"),
     (["--top_p=1.1"], "--top_p=1.1 must be"),
+    (["--top_p=1e-300", "--temperature=1"], "--top_p=1e-300 must be"),
     (["--top_k=-1"], "--top_k=-1 must be"),
     (["--seed=" + "9" * 30], "--seed"),
     (["--n=0"], "--n=0 must be"),
     (["--n=many"], "--n"),
+    (["--n=1001"], "--n=1001 must be"),
+    (["--length=100001"], "--length=100001 must be"),
     (["--promt=Golf?"], "did you mean --prompt?"),
     (["--device=abacus"], "--device=abacus must be one of"),
 ])

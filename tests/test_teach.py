@@ -283,6 +283,47 @@ def test_a_resumed_teaching_is_bit_identical(copy, tmp_path, monkeypatch):
     report.read_metrics(copy)
 
 
+def test_another_file_of_facts_does_not_go_on_with_a_teaching(copy, refused, tmp_path):
+    """The same facts in another place do; --added is no flag to give."""
+    pairs = write_pairs(tmp_path / "new.tsv", FERN, OTHER)
+    train.main(teach(copy, pairs))
+    resume = ["--resume", "--phase=teach", f"--out={copy}"]
+    moved = write_pairs(tmp_path / "moved.tsv", FERN, OTHER)
+    other = write_pairs(tmp_path / "other.tsv", FERN)
+    before = contents(copy)
+    assert "not the facts" in refused(*resume, f"--qa={other}")
+    assert "--phase=teach --qa=FILE" in refused(f"--added={other}", "--resume", f"--out={copy}")
+    assert contents(copy) == before
+    train.main([*resume, f"--qa={moved}"])
+
+
+def test_all_old_facts_may_be_replaced(copy, tmp_path):
+    """What cannot be measured then is left out: no figure is nan."""
+    pairs = [(question, f"not {answer}") for question, answer in PAIRS]
+    train.main(teach(copy, write_pairs(tmp_path / "new.tsv", *pairs)))
+    rows = [row for row in report.read_metrics(copy) if row["phase"] == "teach"]
+    figures = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert figures and all(value == value for value in figures)
+    assert "em_NEW" in rows[-1] and "em_DEC" not in rows[-1]
+
+
+def test_the_run_before_a_teaching_is_kept(copy, tmp_path):
+    """Whoever dislikes what the facts did goes back."""
+    before = (copy / "ckpt.pt").read_bytes()
+    train.main(teach(copy, write_pairs(tmp_path / "new.tsv", FERN)))
+    assert (copy / train.PREVIOUS).read_bytes() == before != (copy / "ckpt.pt").read_bytes()
+
+
+def test_phase_3_begun_anew_says_what_was_added(taught):
+    """Phase 2 forgets it, phase 3 does not."""
+    corpus, folder, _ = taught
+    cfg = train.resolve(dict(phase="speak", out=str(folder / "once")))
+    run = train.open_run(cfg, corpus, train.tjepa.TJEPA).run
+    lessons = train.make_lessons(run)
+    said = map(corpus.tokenizer.decode, lessons.answers[:lessons.n_questions].tolist())
+    assert {"teal", "Ada"} <= {answer.strip() for answer in said}
+
+
 @pytest.mark.parametrize("words, said", [
     (["--phase=teach"], "--phase=teach needs new facts: give --qa=FILE"),
     (["--phase=teach", "--qa="], "--qa"),
@@ -349,7 +390,7 @@ def test_phase_2_begun_anew_says_that_it_replaces_what_is_known(world, copy, tmp
     assert f"the {n_answers} answers that the run knows are replaced" in said
     assert "--phase=teach would add to them" in said
     saved = train.load_checkpoint(copy)
-    assert saved["added"] == [] and saved["answers"] == sorted(COLOURS)
+    assert saved["added"] == [] and saved["config"]["added"] == "" and saved["answers"] == sorted(COLOURS)
     assert {row["phase"] for row in saved["rows"]} == {"pretrain", "distill"}
 
 

@@ -252,6 +252,13 @@ def test_a_script_of_its_own_gets_a_token_for_each_common_character(tmp_path):
     assert cfg.vocab_size == train.TEXT_SIZES[0][1] + 128
 
 
+def test_no_text_asks_for_more_tokens_than_16_bits_have(tmp_path):
+    characters = "".join(map(chr, range(0x20000, 0x20000 + 100_000)))
+    (tmp_path / "text.txt").write_text(10 * characters, encoding="utf-8")
+    cfg = train.resolve(dict(data=str(tmp_path / "text.txt")))
+    assert cfg.vocab_size == 2 ** 16
+
+
 def test_a_folder_is_read_in_order_and_no_row_crosses_a_file(tmp_path):
     """<|endoftext|> divides documents like the end of a file."""
     folder = tmp_path / "texts"
@@ -270,6 +277,15 @@ def test_a_folder_is_read_in_order_and_no_row_crosses_a_file(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="folder without .txt files"):
         data.load(dataclasses.replace(cfg, data=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("content", ["", 9 * "The moss is green. "])
+def test_documents_of_one_token_are_no_text(tmp_path, content):
+    """No row of them could lose a token and keep one; the held-out part counts too."""
+    path = tmp_path / "text.txt"
+    path.write_text(content + 300 * "<|endoftext|>a")
+    with pytest.raises(ValueError, match="no document between two"):
+        data.load(train.Config(data=str(path), vocab_size=300, block_size=8))
 
 
 def test_a_text_too_small_for_its_vocabulary_is_told_so(text, capsys):
@@ -352,6 +368,22 @@ def test_a_run_that_cannot_say_gaps_says_what_to_do(text, world, tmp_path, fails
     train.run(short(text, tmp_path / "run", phase="pretrain"))
     assert "--phase=speak" in fails(f"--out={tmp_path / 'run'}", "--go_on=The moss")
     assert "answers questions" in fails(f"--out={world.cfg.out}", "--fill=The [...] is")
+
+
+def test_facts_are_added_to_answers_alone(text, tmp_path, capsys):
+    """A run that says gaps was taught none: it says which phase to run."""
+    (tmp_path / "new.tsv").write_text("Who?\tme\n")
+    with pytest.raises(SystemExit):
+        train.main(["--phase=teach", f"--qa={tmp_path / 'new.tsv'}", f"--out={text.cfg.out}"])
+    assert "run --phase=distill --qa=FILE first" in capsys.readouterr().err
+
+
+def test_going_on_from_a_row_of_four_tokens(text, tmp_path, capsys):
+    """The text before the gap is cut to what is left of a row, however short that is."""
+    train.run(short(text, tmp_path / "run", block_size=4))
+    capsys.readouterr()
+    sample.main([f"--out={tmp_path / 'run'}", "--go_on=We saw that the moss was", "--length=9"])
+    assert "We saw that the moss was" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag, words", [
