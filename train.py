@@ -541,6 +541,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         log.rows[-1].update(figures)
         save(step, optimizer, evaluated=True)
         if figures:                     # a control that is measured elsewhere has nothing to draw
+            report.keep_snapshot(run, phase, step)
             title = f"{cfg.out}, recipe {cfg.recipe}, commit {report.program_version()}"
             report.draw_curves(log.rows, EVERY, Path(cfg.out) / "curves.png", title)
         said = report.alarm(figures, cfg)
