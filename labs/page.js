@@ -58,21 +58,19 @@ class Picture {
 let model, tokenizer, concepts, where;          // where: the concepts on the map, (A, 2)
 let asked = null, turn = 0;                     // asked: {ids, thought, latent}; latent may be moved
 
-/** The weights: 16-bit floats, first all upper bytes, then all lower ones, deflated, in base64. */
+/** The weights: integers of 16 bits, all upper bytes before all lower ones, and a scale for each. */
 async function load() {
   const packed = Uint8Array.from(atob($("weights").textContent.trim()), c => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(stream).arrayBuffer()), n = bytes.length / 2;
-  const half = Float32Array.from(range(65536), bits => {
-    const exponent = bits >> 10 & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
-    return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
-  });
-  const numbers = new Float32Array(n), weights = {};
-  for (let i = 0; i < n; i++) numbers[i] = half[bytes[i] << 8 | bytes[n + i]];
+  const weights = {};
   let begin = 0;
-  for (const [name, shape] of Object.entries(page.shapes)) {
-    const size = shape.reduce((a, b) => a * b);
-    weights[name] = {data: numbers.subarray(begin, begin += size), shape};
+  for (const [name, [scale, shape]] of Object.entries(page.sizes)) {
+    const data = new Float32Array(shape.reduce((a, b) => a * b));
+    for (let i = 0; i < data.length; i++, begin++) {
+      data[i] = scale * (bytes[begin] << 24 >> 16 | bytes[n + begin]);
+    }
+    weights[name] = {data, shape};
   }
   concepts = embed(weights.concepts, range(page.answers.length));
   where = linear(concepts, page.map.weight, page.map.bias);
