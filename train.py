@@ -1258,7 +1258,8 @@ def next_command(cfg):
         return f"python train.py --phase=distill --out={cfg.out}"
     if cfg.phase == "distill":
         return f"python train.py --phase=speak --out={cfg.out}"
-    return f"python sample.py --out={cfg.out}"
+    look = "" if cfg.is_text else f", or look inside: python -m labs.page --out={cfg.out}"
+    return f"python sample.py --out={cfg.out}{look}"
 
 def end_bars():
     """Close the progress bars, so that what is printed next begins on a line of its own."""

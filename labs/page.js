@@ -25,7 +25,8 @@ function draw_bars(box, rows, digits, threshold) {
     make(make(row, "div"), "i", {style: `width:${100 * value / most}%`});
     make(row, "b", {text: value.toFixed(digits)});
   });
-  box.style.setProperty("--line", threshold ? `${100 * threshold / most}%` : "-9em");
+  box.classList.toggle("limit", threshold !== undefined);
+  box.style.setProperty("--at", `${100 * threshold / most}%`);
 }
 
 /** A map: dots for concepts, rings for thoughts, a line from each thought to its answer. */
@@ -33,7 +34,7 @@ class Picture {
   constructor(svg, answers, n_thoughts) {
     this.lines = range(n_thoughts).map(() => make(svg, "line"));
     this.dots = answers.map(i => {
-      const dot = make(svg, "circle", {r: 0.014, class: `dot kind${page.kinds[i]}`});
+      const dot = make(svg, "circle", {r: 0.017, class: `dot kind${page.kinds[i]}`});
       make(dot, "title", {text: page.answers[i]});
       return dot;
     });
@@ -53,12 +54,12 @@ class Picture {
   }
 }
 
-// -- ask -------------------------------------------------------------------------------------------
+// -- ask ------------------------------------------------------------------------------------------
 
 let model, tokenizer, concepts, where;          // where: the concepts on the map, (A, 2)
-let asked = null, turn = 0;                     // asked: {ids, thought, latent}; latent may be moved
+let asked = null, turn = 0;                     // asked: {ids, thought, latent (may be moved)}
 
-/** The weights: integers of 16 bits, all upper bytes before all lower ones, and a scale for each. */
+/** The weights: integers of 16 bits, all upper bytes before all lower ones; a scale for each. */
 async function load() {
   const packed = Uint8Array.from(atob($("weights").textContent.trim()), c => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -108,14 +109,16 @@ async function answer() {
   const [near, limit] = [far[order[0]].toFixed(1), page.threshold.toFixed(1)];
   $("verdict").textContent = (moved ? "Moved by you. " : "") + (known
     ? `Known: ${name} is ${near} away, within the threshold of ${limit}.`
-    : `Unknown: even the nearest answer, ${name}, is ${near} away, beyond the threshold of ${limit}.`);
+    : `Unknown: even the nearest concept, ${name}, is ${near} away, beyond the threshold of `
+      + `${limit}.`);
 
   $("words").replaceChildren();
   $("note").textContent = "";
   if ($("off").checked) {
-    $("note").textContent = `The decoder is off: no words, and yet the thought is there, near ${name}.`;
+    $("note").textContent = `Decoder off: no words, and yet the thought is there, near ${name}.`;
   } else if (!known && !$("anyway").checked) {
     make($("words"), "output", {text: "I don't know", class: "refused"});
+    $("note").textContent = "It could only guess. To hear the guess: answer even if unknown.";
   } else {
     let read = {...thought, latent};
     if ($("shuffled").checked) {
@@ -154,10 +157,11 @@ function draw_thought([x, y], order, known) {
   $("near").replaceChildren();
   order.slice(0, 3).forEach((i, rank) => {
     const [cx, cy] = where[i];
-    make($("near"), "line", {x1: x, y1: y, x2: cx, y2: cy, class: rank || !known ? "weak" : ""});
+    const kind = {class: rank || !known ? "weak" : ""};
+    make($("near"), "line", {x1: x, y1: y, x2: cx, y2: cy, ...kind});
     make($("near"), "circle", {cx, cy, r: 0.022});
-    const text = {x: cx + 0.03, y: cy + 0.015, text: page.answers[i]};
-    if (cx > 0.4) Object.assign(text, {x: cx - 0.03, "text-anchor": "end"});
+    const text = {x: cx + 0.04, y: cy - 0.02, text: page.answers[i], ...kind};
+    if (cx > 0.4) Object.assign(text, {x: cx - 0.04, "text-anchor": "end"});
     make($("near"), "text", text);
   });
 }
@@ -197,7 +201,7 @@ function listen_to_map() {
   });
 }
 
-// -- a gap in brackets -----------------------------------------------------------------------------
+// -- a gap in brackets ----------------------------------------------------------------------------
 
 /** Energy of each answer in the gap; the list is drawn while they are computed. */
 async function fill(text) {
@@ -229,7 +233,7 @@ async function fill(text) {
   document.body.dataset.filled = mine;
 }
 
-// -- time ------------------------------------------------------------------------------------------
+// -- time -----------------------------------------------------------------------------------------
 
 /** Show an evaluation of the training in all maps, curves and figures. */
 function show_frame(number) {
@@ -268,7 +272,7 @@ async function play() {
   }
 }
 
-// -- begin -----------------------------------------------------------------------------------------
+// -- begin ----------------------------------------------------------------------------------------
 
 async function main() {
   await load();
@@ -292,5 +296,10 @@ async function main() {
   on("play", "click", play);
   show_frame(+$("time").value);
   await ask($("question").value);
+  new IntersectionObserver(([seen], observer) => {
+    if (!seen.isIntersecting) return;
+    observer.disconnect();
+    $("gap").requestSubmit();
+  }).observe($("gap"));
 }
 main();

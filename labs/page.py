@@ -3,7 +3,7 @@ A run as a page: ask it, move its thought, look into its training. One file, wit
 
     python -m labs.page --out=out/tjepa                             writes out/tjepa/page.html
     python -m labs.page --out=out/tjepa --beside=out/collapse       with the training of another run
-    python -m tests.page --out=out/tjepa                            does the page say what sample.py says?
+    python -m tests.page --out=out/tjepa                            does it say what sample.py says?
 
 labs/page.html is the template, labs/tjepa.js the model in JavaScript, labs/page.js what one can do.
 """
@@ -36,21 +36,25 @@ HERE = Path(__file__).parent
 COLOURS = ("#3b82c4", "#e8820c", "#4a9d5b", "#d6455d", "#8f6fc0", "#9a6b4f", "#d97bb8", "#7f8794",
            "#b3a21b", "#22a3b3")
 # asked in every page about the shipped facts; the last one is about an invented country
-EXAMPLES = ("What is the capital of France?", "who wrote sapiens", "Which city is the capital of Italy?",
+EXAMPLES = ("What is the capital of France?", "who wrote sapiens", "What is the currency of Japan?",
             "Who painted 'The Starry Night'?", "What is the capital of Trasbonia?")
 GAP = "The capital of France is [Paris]."
 # figures of a moment of the training: name on the page, columns of metrics.csv of which the first
 # measured one is shown, digits
-FIGURES = (("latents", ("health",), None), ("loss", ("latent",), 4), ("R2", ("val_r2",), 2),
-           ("std", ("std",), 2), ("R@1", ("r1_DEC_heldout", "r1_DEC"), 2),
-           ("EM", ("em_DEC_heldout", "em_DEC"), 2))
+FIGURES = (("latents", ("health",), None), ("latent loss", ("latent",), 4),
+           ("R2", ("val_r2",), 2), ("std", ("std",), 2),
+           ("right thoughts, taught", ("r1_DEC_heldout", "r1_DEC"), 2),
+           ("only read", ("r1_TXT_heldout",), 2),
+           ("right words, taught", ("em_DEC_heldout", "em_DEC"), 2),
+           ("only read", ("em_TXT_heldout",), 2))
 # curves: title, scale, range of y or None, lines of `report.value_of`, lines across
 CURVES = (
     ("latent loss of phase 1", "log", None, ("latent",), "pretrain", ()),
     ("R2 on held-out text", "linear", (-0.2, 1), ("val_r2",), "pretrain", (0,)),
-    ("spread: std x rank / bound", "linear", (0, 1), ("spread",), None, (tjepa.COLLAPSED,)),
-    ("R@1 of thoughts", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),
-    ("exact match of words", "linear", (0, 1), ("em_DEC_heldout", "em_DEC"), None, ()),
+    ("spread of the latents; dashed: collapsed below", "linear", (0, 1), ("spread",), None,
+     (tjepa.COLLAPSED,)),
+    ("right thoughts (R@1)", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),
+    ("right words (exact match)", "linear", (0, 1), ("em_DEC_heldout", "em_DEC"), None, ()),
 )
 WIDTH, HEIGHT = 260, 110        # of the curves, in units of their SVG
 
@@ -58,7 +62,7 @@ WIDTH, HEIGHT = 260, 110        # of the curves, in units of their SVG
 class Flags:
     """Which run becomes a page."""
     out: str = "out/tjepa"      # folder of the run; the page is written into it
-    beside: str = ""            # folder of a second run, whose training stands beside the first one's
+    beside: str = ""            # folder of a second run, whose training is shown beside it
 
 # -- weights ---------------------------------------------------------------------------------------
 
@@ -232,6 +236,11 @@ def draw_curve(panel, runs):
             share = np.log(value / low) / np.log(high / low)
         return HEIGHT * (1 - share)
     parts = [f'<path class="axis" d="M0 0V{HEIGHT}H{WIDTH}"/>']
+    for number, (name, start) in enumerate(begin.items(), start=1):
+        if any(row["phase"] == name for row in runs[0]):
+            x = WIDTH * start / total
+            parts.append(f'<path class="axis" d="M{x:.1f} 0V{HEIGHT + 12}"/>'
+                         f'<text x="{x + 3:.1f}" y="{HEIGHT + 11}">phase {number}</text>')
     parts += [f'<path class="limit" d="M0 {height(v):.1f}H{WIDTH}"/>' for v in across]
     for number, (steps, values) in enumerate(lines):
         places = [f"{WIDTH * min(step / total, 1):.1f} {height(value):.1f}"
@@ -239,10 +248,10 @@ def draw_curve(panel, runs):
         if places:
             parts.append(f'<path class="run{number}" d="M{" L".join(places)}"/>')
     digits = "{:.0e}" if scale == "log" and low < 0.01 else "{:.2g}"
-    parts += [f'<text x="4" y="9">{digits.format(high)}</text>',
-              f'<text x="4" y="{HEIGHT - 4}">{digits.format(low)}</text>',
+    parts += [f'<text x="-3" y="8" text-anchor="end">{digits.format(high)}</text>',
+              f'<text x="-3" y="{HEIGHT}" text-anchor="end">{digits.format(low)}</text>',
               f'<path class="cursor" d="M0 0V{HEIGHT}"/>']
-    box = f"0 -2 {WIDTH} {HEIGHT + 4}"
+    box = f"-32 -3 {WIDTH + 36} {HEIGHT + 18}"
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="{box}" role="img" '
             f'aria-label="{title}">{"".join(parts)}</svg></figure>')
 
@@ -255,8 +264,8 @@ def draw_run(number, command, has_snapshots):
         picture = ("<p>This run kept no snapshots, so no map moves here: a run that is trained now "
                    "keeps them.</p>")
     return (f'<figure class="run"><h3><span class="key{number}">&#9632;</span> '
-            f"<code>{html.escape(command)}</code></h3>{picture}"
-            f'<div class="figures" id="figures{number}">{cells}</div></figure>')
+            f"<code>{html.escape(command)}</code></h3>"
+            f'<div class="figures" id="figures{number}">{cells}</div>{picture}</figure>')
 
 def code_of(names):
     """The Python source of some parts of tjepa.py, each behind its name."""
@@ -265,10 +274,9 @@ def code_of(names):
         found = tjepa
         for step in name.split("."):
             found = getattr(found, step)
-        source = inspect.cleandoc("\n" + inspect.getsource(found))
-        parts.append('<details class="code"><summary>tjepa.py: <code>'
-                     f"{name}</code></summary><pre>{html.escape(source)}</pre></details>")
-    return "".join(parts)
+        source = html.escape(inspect.cleandoc("\n" + inspect.getsource(found)))
+        parts.append(f"<details><summary>{name}</summary><pre>{source}</pre></details>")
+    return f'<div class="code"><span>tjepa.py:</span>{"".join(parts)}</div>'
 
 # -- the page --------------------------------------------------------------------------------------
 
@@ -335,8 +343,8 @@ def make_page(out, beside=""):
     cfg = {name: value for name, value in dataclasses.asdict(model.cfg).items()
            if name in {field.name for field in dataclasses.fields(tjepa.Config)}}
     everything = dict(
-        cfg=cfg, tokenizer=session.tokenizer.state(), sizes=sizes, answers=answers,
-        kinds=[kind % len(COLOURS) for kind in kinds], threshold=checkpoint["threshold"], others=others,
+        cfg=cfg, tokenizer=session.tokenizer.state(), sizes=sizes, answers=answers, others=others,
+        kinds=[kind % len(COLOURS) for kind in kinds], threshold=checkpoint["threshold"],
         map=dict(weight=dict(data=(weight / reach).ravel().tolist(), shape=list(weight.shape)),
                  bias=dict(data=(offset / reach).tolist(), shape=[2])),
         frames=[dict(x=round(WIDTH * (begin[phase] + step) / total, 1), label=label_of(frame))
@@ -348,9 +356,9 @@ def make_page(out, beside=""):
         weights_said=f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} million",
         question=examples[0], explained=f"{explained:.0%}", slots=model.cfg.n_slots, gap=GAP,
         last_frame=len(shown) - 1,
-        time_title="Healthy or collapsed?" if beside else "How it learned",
-        time_said=time_said(out, beside))
-    commands = [f"{folder}: --recipe={load_checkpoint(folder)['config']['recipe']}" for folder in folders]
+        time_title="Healthy or collapsed?" if beside else "How it learned")
+    recipes = [load_checkpoint(folder)["config"]["recipe"] for folder in folders]
+    commands = [f"{folder}: --recipe={recipe}" for folder, recipe in zip(folders, recipes)]
     pieces = dict(
         examples="".join(f"<button>{html.escape(q)}</button>" for q in examples),
         legend=", ".join(f'<span class="kind{i % len(COLOURS)}">&#9679;</span> {html.escape(name)}'
@@ -359,22 +367,25 @@ def make_page(out, beside=""):
         runs="".join(draw_run(i, command, any(frame.snapshot for frame in frames))
                      for i, (command, (frames, _)) in enumerate(zip(commands, read))),
         curves="".join(draw_curve(panel, [rows for _, rows in read]) for panel in CURVES),
+        time_said=time_said(out, beside), wide="" if beside else "narrow",
         data=json.dumps(everything, separators=(",", ":")).replace("<", "\\u003c"),
         weights=packed)
     return fill_template((HERE / "page.html").read_text("utf-8"), texts, pieces)
 
 def time_said(out, beside):
-    """The sentences above the slider."""
-    said = ("In phase 1 the model only reads: it predicts the latents of hidden spans, and nothing tells "
-            "it where answers should lie. In phase 2 the rings, thoughts of 100 questions, move to "
-            "their answers (lines). In phase 3 only the decoder learns. ")
+    """The sentences above the slider, as HTML."""
+    said = ("Dots are concepts, rings the thoughts of 100 questions, lines lead to their right "
+            "answers. In phase 1 the model only reads: it predicts the latents of hidden spans. In "
+            "phase 2 thoughts are taught to move to their answers; what is unknown goes to the "
+            "middle. In phase 3 only the decoder learns. ")
     if beside:
-        return said + ("In a collapsed run all texts get the same latent: the dots fall into one "
-                       "point. Then predicting is easy and the loss is tiny, and nothing has been "
-                       "learned. Both maps have one scale.")
-    return said + ("To see a collapse beside it: python train.py --recipe=collapse "
-                   f"--out=out/collapse, then python -m labs.page --out={out} "
-                   "--beside=out/collapse")
+        return said + ("<b>Collapsed</b> means that all texts get the same latent: the dots fall "
+                       "into one point. Predicting it is easy, so the loss is tiny, but reading "
+                       "has taught nothing. Phase 2 can still teach answers one by one, by "
+                       "magnifying what is left. Both maps have the same scale.")
+    return said + ("To see a collapsed run beside it: <code>python train.py --recipe=collapse "
+                   "--out=out/collapse</code>, then <code>python -m labs.page "
+                   f"--out={html.escape(out)} --beside=out/collapse</code>")
 
 def fill_template(template, texts, pieces):
     """page.html with its {{...}} filled: texts are escaped, pieces are HTML already."""

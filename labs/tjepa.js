@@ -6,7 +6,7 @@
  */
 "use strict";
 
-// -- data/tokenizer.py and data/typed.py -----------------------------------------------------------
+// -- data/tokenizer.py and data/typed.py ----------------------------------------------------------
 
 // Blanks as Python's str.split sees them.
 const BLANKS = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/u;
@@ -54,7 +54,7 @@ class Tokenizer {
   }
 }
 
-// -- what torch brings along -----------------------------------------------------------------------
+// -- what torch brings along ----------------------------------------------------------------------
 
 const range = (n, start = 0) => Array.from({length: n}, (_, i) => start + i);
 const add = (a, b) => a.map((x, i) => x + b[i]);
@@ -114,7 +114,7 @@ function distance(a, b) {
   return Math.sqrt(dot(gap, gap));
 }
 
-// -- the transformer -------------------------------------------------------------------------------
+// -- the transformer ------------------------------------------------------------------------------
 
 /** Rotary positions: for each position the cosines and sines of dim/2 angles. */
 function rotary(size, dim) {
@@ -256,7 +256,7 @@ class Encoder {
   }
 }
 
-// -- predictor and decoder -------------------------------------------------------------------------
+// -- predictor and decoder ------------------------------------------------------------------------
 
 class Predictor {
   constructor(weights, cfg) {
@@ -323,7 +323,7 @@ class Decoder {
   }
 }
 
-// -- the model -------------------------------------------------------------------------------------
+// -- the model ------------------------------------------------------------------------------------
 
 class TJEPA {
   constructor(cfg, weights) {

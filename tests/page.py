@@ -79,7 +79,8 @@ def energy_error(page, session, text):
     values = list(dict.fromkeys([truth, *session.checkpoint["answers"]]))
     here = evaluate.gap_energy(session.run, session.tokenizer, before, values, after).tolist()
     there = page.run(f"({ENERGY})({json.dumps(before)}, {json.dumps(values)}, {json.dumps(after)})")
-    return max(abs(a - b) for a, b in zip(here, there)), here.index(min(here)) == there.index(min(there))
+    same = here.index(min(here)) == there.index(min(there))
+    return max(abs(a - b) for a, b in zip(here, there)), same
 
 
 def type_and_enter(page, question):
