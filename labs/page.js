@@ -113,11 +113,12 @@ async function answer() {
       + `${limit}.`);
 
   $("words").replaceChildren();
-  $("note").textContent = "";
+  $("note").textContent = $("said").textContent = "";
   if ($("off").checked) {
     $("note").textContent = `Decoder off: no words, and yet the thought is there, near ${name}.`;
   } else if (!known && !$("anyway").checked) {
     make($("words"), "output", {text: "I don't know", class: "refused"});
+    $("said").textContent = "I don't know";
     $("note").textContent = "It could only guess. To hear the guess: answer even if unknown.";
   } else {
     let read = {...thought, latent};
@@ -141,6 +142,7 @@ async function say(slots, mine) {
   for (const token of model.speak(slots)) {
     said.push(token);
     output.textContent = tokenizer.decode(said).trim();
+    $("said").textContent = `\u201c${output.textContent}\u201d`;
     const column = make(grid, "span", {class: "column"});
     make(column, "b", {text: tokenizer.decode([token])});
     const shares = mean(model.decoder.blocks.map(block => block.cross.shares[0]));
@@ -155,11 +157,12 @@ function draw_thought([x, y], order, known) {
   $("thought").setAttribute("transform", `translate(${x} ${y})`);
   $("thought").classList.toggle("far", !known);
   $("near").replaceChildren();
-  order.slice(0, 3).forEach((i, rank) => {
-    const [cx, cy] = where[i];
-    const kind = {class: rank || !known ? "weak" : ""};
+  order.slice(0, 3).reverse().forEach(i => {
+    const [cx, cy] = where[i], nearest = i === order[0];
+    const kind = {class: nearest && known ? "" : "weak"};
     make($("near"), "line", {x1: x, y1: y, x2: cx, y2: cy, ...kind});
     make($("near"), "circle", {cx, cy, r: 0.022});
+    if (!nearest && distance([cx, cy], where[order[0]]) < 0.15) return;     // no room for its name
     const text = {x: cx + 0.04, y: cy - 0.02, text: page.answers[i], ...kind};
     if (cx > 0.4) Object.assign(text, {x: cx - 0.04, "text-anchor": "end"});
     make($("near"), "text", text);
@@ -179,18 +182,17 @@ function move_to(point) {
 }
 
 function listen_to_map() {
-  const pointer = event => {
+  const follow = event => {
     const matrix = $("map").getScreenCTM().inverse();
     const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(matrix);
     move_to([x, y]);
   };
-  $("map").addEventListener("pointerdown", event => {
-    $("map").setPointerCapture(event.pointerId);
-    pointer(event);
+  const grip = $("thought");
+  grip.addEventListener("pointerdown", event => grip.setPointerCapture(event.pointerId));
+  grip.addEventListener("pointermove", event => {
+    if (grip.hasPointerCapture(event.pointerId)) follow(event);
   });
-  $("map").addEventListener("pointermove", event => {
-    if ($("map").hasPointerCapture(event.pointerId)) pointer(event);
-  });
+  $("map").addEventListener("click", event => { if (!grip.contains(event.target)) follow(event); });
   $("map").addEventListener("keydown", event => {
     const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
     const home = linear([asked.thought.latent], page.map.weight, page.map.bias)[0];

@@ -36,25 +36,25 @@ HERE = Path(__file__).parent
 COLOURS = ("#3b82c4", "#e8820c", "#4a9d5b", "#d6455d", "#8f6fc0", "#9a6b4f", "#d97bb8", "#7f8794",
            "#b3a21b", "#22a3b3")
 # asked in every page about the shipped facts; the last one is about an invented country
-EXAMPLES = ("What is the capital of France?", "who wrote sapiens", "What is the currency of Japan?",
+EXAMPLES = ("Who wrote the book 'Sapiens'?", "What is the capital of France?", "currency of japan",
             "Who painted 'The Starry Night'?", "What is the capital of Trasbonia?")
 GAP = "The capital of France is [Paris]."
 # figures of a moment of the training: name on the page, columns of metrics.csv of which the first
 # measured one is shown, digits
-FIGURES = (("latents", ("health",), None), ("latent loss", ("latent",), 4),
-           ("R2", ("val_r2",), 2), ("std", ("std",), 2),
+FIGURES = (("latents", ("health",), None), ("loss of phase 1", ("loss_1",), 4),
+           ("R2", ("val_r2",), 2), ("std", ("std",), 3),
            ("right thoughts, taught", ("r1_DEC_heldout", "r1_DEC"), 2),
-           ("only read", ("r1_TXT_heldout",), 2),
+           ("right thoughts, only read", ("r1_TXT_heldout",), 2),
            ("right words, taught", ("em_DEC_heldout", "em_DEC"), 2),
-           ("only read", ("em_TXT_heldout",), 2))
-# curves: title, scale, range of y or None, lines of `report.value_of`, lines across
+           ("right words, only read", ("em_TXT_heldout",), 2))
+# curves: title, scale, range of y or None, columns of which the first measured one is drawn, its
+# phase or None, lines across
 CURVES = (
     ("latent loss of phase 1", "log", None, ("latent",), "pretrain", ()),
     ("R2 on held-out text", "linear", (-0.2, 1), ("val_r2",), "pretrain", (0,)),
-    ("spread of the latents; dashed: collapsed below", "linear", (0, 1), ("spread",), None,
-     (tjepa.COLLAPSED,)),
-    ("right thoughts (R@1)", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),
-    ("right words (exact match)", "linear", (0, 1), ("em_DEC_heldout", "em_DEC"), None, ()),
+    ("spread (dashed: collapsed)", "linear", (0, 1), ("spread",), None, (tjepa.COLLAPSED,)),
+    ("right thoughts, taught", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),
+    ("right words, taught", "linear", (0, 1), ("em_DEC_heldout", "em_DEC"), None, ()),
 )
 WIDTH, HEIGHT = 260, 110        # of the curves, in units of their SVG
 
@@ -122,7 +122,9 @@ def read_frames(folder):
     for number, row in enumerate(rows):
         if row.keys() & {"val_r2", "threshold", "em_shuffled"}:
             path = Path(folder) / "snapshots" / f"{row['phase']}-{row['step']}.npz"
+            reading = [row for row in rows[:number + 1] if row["phase"] == "pretrain"]
             newest = report.newest(rows[:number + 1])
+            newest["loss_1"] = report.newest(reading).get("latent", "-")
             frames.append(Frame(row["phase"], row["step"], newest, read_snapshot(path)))
     return frames, rows
 
@@ -291,7 +293,7 @@ def kinds_of(rows, answers):
 
 def open_session(out):
     """The run in out, that can be asked, on the CPU; ValueError if it can't."""
-    session = sample.open_session(sample.Flags(out=out, device="cpu"))
+    session = sample.open_session(sample.Flags(out=str(out), device="cpu"))
     if session.checkpoint["answers"] is None and session.run.cfg.is_text:
         raise ValueError(f"--out={out}: a run on your own text without questions has no answers to "
                          "map; teach it some by `python train.py --phase=distill --qa=FILE "

@@ -130,7 +130,7 @@ class Page:
     def wait(self, condition, seconds=SECONDS):
         """Wait until an expression is true."""
         deadline = time.monotonic() + seconds
-        while not self.run(condition):
+        while not self.run(f"!!({condition})"):
             if time.monotonic() > deadline:
                 raise TimeoutError(condition)
             time.sleep(0.02)

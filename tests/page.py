@@ -94,9 +94,10 @@ def type_and_enter(page, question):
 
 
 def opened(program, out, **look):
-    """The page of a run in a browser, loaded."""
+    """The page of a run in a browser, loaded, with a clock for its answers."""
     page = program.open((Path(out) / "page.html").resolve().as_uri(), **look)
     page.wait("document.body.dataset.said")
+    page.run(CLOCK)
     return page
 
 
@@ -120,7 +121,6 @@ def main():
         for gap in GAPS:
             error, same = energy_error(page, session, gap)
             print(f"{gap}: energies within {error:.4f}, best {'equal' if same else 'DIFFERENT'}")
-        page.run(CLOCK)
         times = [type_and_enter(page, question) for question in clean[::10]]
         print(f"from Enter to the last word: median {statistics.median(times):.0f} ms, "
               f"most {max(times):.0f} ms ({len(times)} questions)")
