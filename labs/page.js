@@ -157,7 +157,7 @@ function draw_thought([x, y], order, known) {
   $("thought").setAttribute("transform", `translate(${x} ${y})`);
   $("thought").classList.toggle("far", !known);
   $("near").replaceChildren();
-  order.slice(0, 3).reverse().forEach(i => {
+  order.slice(0, known ? 1 : 3).reverse().forEach(i => {
     const [cx, cy] = where[i], nearest = i === order[0];
     const kind = {class: nearest && known ? "" : "weak"};
     make($("near"), "line", {x1: x, y1: y, x2: cx, y2: cy, ...kind});

@@ -241,8 +241,8 @@ def draw_curve(panel, runs):
     for number, (name, start) in enumerate(begin.items(), start=1):
         if any(row["phase"] == name for row in runs[0]):
             x = WIDTH * start / total
-            parts.append(f'<path class="axis" d="M{x:.1f} 0V{HEIGHT + 12}"/>'
-                         f'<text x="{x + 3:.1f}" y="{HEIGHT + 11}">phase {number}</text>')
+            parts.append(f'<path class="axis" d="M{x:.1f} 0V{HEIGHT + 14}"/>'
+                         f'<text x="{x + 3:.1f}" y="{HEIGHT + 13}">phase {number}</text>')
     parts += [f'<path class="limit" d="M0 {height(v):.1f}H{WIDTH}"/>' for v in across]
     for number, (steps, values) in enumerate(lines):
         places = [f"{WIDTH * min(step / total, 1):.1f} {height(value):.1f}"
@@ -253,7 +253,7 @@ def draw_curve(panel, runs):
     parts += [f'<text x="-3" y="8" text-anchor="end">{digits.format(high)}</text>',
               f'<text x="-3" y="{HEIGHT}" text-anchor="end">{digits.format(low)}</text>',
               f'<path class="cursor" d="M0 0V{HEIGHT}"/>']
-    box = f"-32 -3 {WIDTH + 36} {HEIGHT + 18}"
+    box = f"-40 -3 {WIDTH + 42} {HEIGHT + 20}"
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="{box}" role="img" '
             f'aria-label="{title}">{"".join(parts)}</svg></figure>')
 

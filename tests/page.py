@@ -2,6 +2,7 @@
 Does the page of a run say what sample.py says? And how fast, and how large is it?
 
     python -m tests.page --out=out/tjepa        two minutes on one core; needs a Chromium
+    python -m tests.page --out=out/tjepa --picture=assets/page.png      only the picture of README.md
 
 300 questions of all splits and wordings, and 100 with noise (typed, lower case, no mark, typo), are
 asked in the page and in Python: tokens, greedy words and distances to all concepts must be equal,
@@ -104,10 +105,16 @@ def opened(program, out, **look):
 def main():
     parser = argparse.ArgumentParser(prog="tests.page", description=__doc__)
     parser.add_argument("--out", default="out/tjepa", help="folder of the run")
-    out = parser.parse_args().out
+    parser.add_argument("--beside", default="", help="folder of a second run")
+    parser.add_argument("--picture", metavar="FILE", help="draw the upper part of the page, a .png")
+    given = parser.parse_args()
+    out = given.out
     if not browser.find():
         sys.exit(browser.WHY_NOT)
-    lab.main([f"--out={out}"])
+    lab.main([f"--out={out}", f"--beside={given.beside}"])
+    if given.picture:
+        with browser.Browser() as program:
+            return opened(program, out, height=1090).picture(given.picture)
     session = lab.open_session(out)
     rows = lab.questions_of(session)
     clean = chosen(rows, 300, {row.phrasing for row in rows} - set(NOISE))

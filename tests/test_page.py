@@ -234,19 +234,22 @@ def test_snapshots_say_where_concepts_and_thoughts_lie(world):
     assert gaps(frames[-1]) < 0.8 * gaps(frames[2])
 
 
-def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(world, tmp_path):
-    cfg = dataclasses.replace(world.cfg, out=str(tmp_path / "run"), distill_steps=50,
-                              speak_steps=10, eval_every=10)
-    train.run(dataclasses.replace(cfg, phase="pretrain"))
-    train.run(dataclasses.replace(cfg, phase="distill", distill_steps=20))
-    train.run(dataclasses.replace(cfg, phase="distill", resume=True))
-    other = dataclasses.replace(cfg, out=str(tmp_path / "other"))
-    train.run(dataclasses.replace(other, phase="pretrain"))
-    train.run(dataclasses.replace(other, phase="distill"))
-    for step in (0, 10, 30, 50):
-        one, two = (lab.read_snapshot(Path(c.out) / "snapshots" / f"distill-{step}.npz")
-                    for c in (cfg, other))
-        assert all((one[name] == two[name]).all() for name in one)
+def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(world, tmp_path, monkeypatch):
+    save, cfg = train.save_checkpoint, dataclasses.replace(world.cfg, out=str(tmp_path / "run"))
+
+    def save_and_die(out, checkpoint, *more):
+        save(out, checkpoint, *more)
+        if (checkpoint["phase"], checkpoint["step"]) == ("distill", 50):
+            raise RuntimeError("power failure")
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train.run(cfg)
+    assert not (tmp_path / "run" / "snapshots" / "distill-50.npz").exists()
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    train.run(dataclasses.replace(cfg, resume=True))
+    pairs = zip(*(lab.read_frames(out)[0] for out in (cfg.out, world.cfg.out)), strict=True)
+    assert all((one.snapshot[name] == two.snapshot[name]).all()
+               for one, two in pairs for name in one.snapshot)
 
 
 def test_a_run_without_snapshots_has_a_page_and_a_damaged_one_is_named(run, tmp_path, capsys):
