@@ -129,7 +129,7 @@ async function answer() {
     }
     const slots = model.decoder.memory_slots(read).slice(0, $("single").checked ? 1 : undefined);
     if ($("single").checked) {
-      $("note").textContent = "One slot: each word attends to it by 1, whatever it asks for.";
+      $("note").textContent += " One slot: each word attends to it by 1, whatever it asks for.";
     }
     await say(slots, mine);
   }
@@ -205,6 +205,8 @@ function listen_to_map() {
 
 // -- a gap in brackets ----------------------------------------------------------------------------
 
+let filling = 0;
+
 /** Energy of each answer in the gap; the list is drawn while they are computed. */
 async function fill(text) {
   const found = text.match(/^([^\][]*)\[([^\][]*)\]([^\][]*)$/);
@@ -212,16 +214,22 @@ async function fill(text) {
     $("rank").textContent = "Put one part of the text in brackets, as in [Paris].";
     return;
   }
-  const mine = fill.turn = (fill.turn ?? 0) + 1;
+  const mine = ++filling;
   const [before, truth, after] = [found[1].trimStart(), found[2].trim(), found[3].trimEnd()];
   const left = before ? tokenizer.encode(" " + before.trimEnd()) : [];
   const right = after ? tokenizer.encode(after) : [];
-  const values = [...new Set([truth, ...page.answers])], rows = [];
+  const encode = name => tokenizer.encode((/\S$/.test(before) ? "" : " ") + name);
+  const room = page.cfg.block_size - left.length - right.length;
+  const values = [...new Set([truth, ...page.answers])].filter(v => encode(v).length <= room);
+  if (values[0] !== truth) {
+    $("rank").textContent = `Please write at most ${page.cfg.block_size} tokens.`;
+    return;
+  }
+  const rows = [];
   let painted = performance.now();
   for (const name of values) {
-    const middle = tokenizer.encode((/\S$/.test(before) ? "" : " ") + name);
-    if (left.length + middle.length + right.length > page.cfg.block_size) continue;
-    rows.push({name, value: model.energy(left, middle, right), mark: name === truth ? "own" : ""});
+    const value = model.energy(left, encode(name), right);
+    rows.push({name, value, mark: name === truth ? "own" : ""});
     if (performance.now() - painted < 60 && rows.length < values.length) continue;
     rows.sort((a, b) => a.value - b.value);
     draw_bars($("energies"), rows.slice(0, 6), 3);
@@ -229,7 +237,7 @@ async function fill(text) {
     $("rank").textContent = `${truth}: rank ${rank} of ${rows.length}, energy `
       + rows[rank - 1].value.toFixed(3);
     await paint();
-    if (mine !== fill.turn) return;
+    if (mine !== filling) return;               // another text was given meanwhile
     painted = performance.now();
   }
   document.body.dataset.filled = mine;
@@ -299,7 +307,7 @@ async function main() {
   show_frame(+$("time").value);
   await ask($("question").value);
   new IntersectionObserver(([seen], observer) => {
-    if (!seen.isIntersecting) return;
+    if (!seen.isIntersecting || !$("gap").elements.text.value) return;
     observer.disconnect();
     $("gap").requestSubmit();
   }).observe($("gap"));

@@ -161,11 +161,11 @@ def points_through_time(frames):
         found.append((points, (thoughts - mean) @ axes))
     return found[::-1]
 
-def label_of(frame):
+def label_of(phase, step):
     """What a moment is called."""
     said = dict(pretrain="phase 1, reading", distill="phase 2, answers are taught as latents",
                 speak="phase 3, the decoder learns words", teach="new facts are taught")
-    return f"{said[frame.phase]}: step {frame.step}"
+    return f"{said[phase]}: step {step}"
 
 def begin_of(rows):
     """Step at which each phase begins, as in curves.png, and the number of all steps."""
@@ -320,58 +320,69 @@ def make_map(model, concepts):
     offset = (model.answer_mean.double().numpy() - mean) @ axes
     return (back @ axes).T, offset, np.abs(points).max(), share
 
-def make_page(out, beside=""):
-    """The text of the page of the run in out; beside: a second run, whose training is shown."""
-    session = open_session(out)
-    checkpoint, model = session.checkpoint, session.run.model
-    answers, rows = checkpoint["answers"], questions_of(session)
-    kinds, relations = kinds_of(rows, answers)
+def data_of(session, rows, read):
+    """What page.js reads, the weights as text, and the share of the spread that the map shows.
 
+    rows: the questions of the run; read: `read_frames` of each run.
+    """
+    checkpoint, model = session.checkpoint, session.run.model
+    answers = checkpoint["answers"]
     weights = {name: value for name, value in model.state_dict().items()
                if not name.startswith(UNUSED)} | {"concepts": checkpoint["concepts"]}
     packed, sizes = pack_weights(weights)
     weight, offset, reach, explained = make_map(model, checkpoint["concepts"])
 
-    folders = [folder for folder in (out, beside) if folder]
-    read = [read_frames(folder) for folder in folders]
-    every = [points for frames, _ in read for points in points_through_time(frames) if points]
-    through_time = max([np.abs(np.concatenate(points)).max() for points in every], default=1)
+    # both runs have one scale, on which nothing leaves the map
+    points = [points for frames, _ in read for points in points_through_time(frames) if points]
+    farthest = max([np.abs(np.concatenate(pair)).max() for pair in points], default=1)
     shown = [(frame.phase, frame.step) for frame in read[0][0]]
     begin, total = begin_of(read[0][1])
-
     taught = [row.question for row in rows if row.split == "DEC" and row.phrasing == "trained"]
-    examples = EXAMPLES if session.run.cfg.data == "facts" else taught[:4]
-    others = taught[::max(1, len(taught) // 20)][:20]
-    cfg = {name: value for name, value in dataclasses.asdict(model.cfg).items()
-           if name in {field.name for field in dataclasses.fields(tjepa.Config)}}
+    fields = [field.name for field in dataclasses.fields(tjepa.Config)]
     everything = dict(
-        cfg=cfg, tokenizer=session.tokenizer.state(), sizes=sizes, answers=answers, others=others,
-        kinds=[kind % len(COLOURS) for kind in kinds], threshold=checkpoint["threshold"],
+        cfg={name: getattr(model.cfg, name) for name in fields},
+        tokenizer=session.tokenizer.state(), sizes=sizes, answers=answers,
+        kinds=[kind % len(COLOURS) for kind in kinds_of(rows, answers)[0]],
+        threshold=checkpoint["threshold"], others=taught[::max(1, len(taught) // 20)][:20],
         map=dict(weight=dict(data=(weight / reach).ravel().tolist(), shape=list(weight.shape)),
                  bias=dict(data=(offset / reach).tolist(), shape=[2])),
-        frames=[dict(x=round(WIDTH * (begin[phase] + step) / total, 1), label=label_of(frame))
-                for (phase, step), frame in zip(shown, read[0][0])],
-        runs=[run_through_time(frames, shown, answers, through_time) for frames, _ in read])
+        frames=[dict(x=round(WIDTH * (begin[phase] + step) / total, 1), label=label_of(phase, step))
+                for phase, step in shown],
+        runs=[run_through_time(frames, shown, answers, farthest) for frames, _ in read])
+    return everything, packed, explained
 
+def make_page(out, beside=""):
+    """The text of the page of the run in out; beside: a second run, whose training is shown."""
+    session = open_session(out)
+    cfg, rows = session.run.cfg, questions_of(session)
+    folders = [folder for folder in (out, beside) if folder]
+    read = [read_frames(folder) for folder in folders]
+    everything, packed, explained = data_of(session, rows, read)
+
+    shipped = cfg.data == "facts" and not cfg.qa
+    examples = EXAMPLES if shipped else everything["others"][:4]
+    n_weights = sum(p.numel() for p in session.run.model.parameters())
     texts = dict(
-        title=f"Text T-JEPA: {out}", out=out, seed=session.run.cfg.seed, width=len(weight[0]),
-        weights_said=f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} million",
-        question=examples[0], explained=f"{explained:.0%}", slots=model.cfg.n_slots, gap=GAP,
-        last_frame=len(shown) - 1,
+        title=f"Text T-JEPA: {out}", out=out, seed=cfg.seed, question=examples[0],
+        gap=GAP if shipped else "",
+        width=everything["map"]["weight"]["shape"][1], explained=f"{explained:.0%}",
+        weights_said=f"{n_weights / 1e6:.1f} million", slots=cfg.n_slots,
+        last_frame=len(everything["frames"]) - 1,
         time_title="Healthy or collapsed?" if beside else "How it learned")
     recipes = [load_checkpoint(folder)["config"]["recipe"] for folder in folders]
-    commands = [f"{folder}: --recipe={recipe}" for folder, recipe in zip(folders, recipes)]
+    legend = [f'<span class="kind{i % len(COLOURS)}">&#9679;</span> '
+              + html.escape(name.replace("_", " "))
+              for i, name in enumerate(kinds_of(rows, everything["answers"])[1])]
     pieces = dict(
-        examples="".join(f"<button>{html.escape(q)}</button>" for q in examples),
-        legend=", ".join(f'<span class="kind{i % len(COLOURS)}">&#9679;</span> {html.escape(name)}'
-                         for i, name in enumerate(relations)).replace("_", " ") + ".",
+        examples="".join(f"<button>{html.escape(question)}</button>" for question in examples),
+        legend=", ".join(legend) + ".",
         kinds="\n".join(f".kind{i} {{ fill: {c}; color: {c}; }}" for i, c in enumerate(COLOURS)),
-        runs="".join(draw_run(i, command, any(frame.snapshot for frame in frames))
-                     for i, (command, (frames, _)) in enumerate(zip(commands, read))),
+        runs="".join(draw_run(i, f"{folder}: --recipe={recipe}", run["answers"])
+                     for i, (folder, recipe, run)
+                     in enumerate(zip(folders, recipes, everything["runs"]))),
         curves="".join(draw_curve(panel, [rows for _, rows in read]) for panel in CURVES),
         time_said=time_said(out, beside), wide="" if beside else "narrow",
-        data=json.dumps(everything, separators=(",", ":")).replace("<", "\\u003c"),
-        weights=packed)
+        data=json.dumps(everything, separators=(",", ":")).replace("<", "\\u003c"), weights=packed)
     return fill_template((HERE / "page.html").read_text("utf-8"), texts, pieces)
 
 def time_said(out, beside):

@@ -2,7 +2,7 @@
 Does the page of a run say what sample.py says? And how fast, and how large is it?
 
     python -m tests.page --out=out/tjepa        two minutes on one core; needs a Chromium
-    python -m tests.page --out=out/tjepa --picture=assets/page.png      only the picture of README.md
+    python -m tests.page --out=out/tjepa --picture=assets/page.png          draws it, no more
 
 300 questions of all splits and wordings, and 100 with noise (typed, lower case, no mark, typo), are
 asked in the page and in Python: tokens, greedy words and distances to all concepts must be equal,
