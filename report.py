@@ -185,7 +185,7 @@ def keep_snapshot(run, phase, step):
     thoughts = evaluate.think_all(run, questions.tokens[asked]).latent
 
     # before phase 2 the scale is 1 and the mean 0
-    back = torch.linalg.inv(model.answer_scale.cpu().double())
+    back = torch.linalg.inv_ex(model.answer_scale.cpu().double()).inverse
     thoughts = thoughts.cpu().double() @ back + model.answer_mean.cpu()
     if run.concepts is None:
         concepts = model.concept(questions.answer_tokens[which]).cpu()
