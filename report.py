@@ -1,5 +1,5 @@
 """
-The log, the curves and the summary of a run; and several runs in one picture.
+The log, the curves, the snapshots and the summary of a run; and several runs in one picture.
 
     python report.py out/a out/b                    writes out/curves.png, prints the last figures
     python report.py out/a out/b --out=both.png     another file: .png, .pdf or .svg
@@ -9,6 +9,7 @@ What a figure means is defined in evaluate.py.
 """
 import csv
 import functools
+import io
 import math
 import os
 import signal
@@ -22,11 +23,13 @@ from typing import NamedTuple
 if __name__ == "__main__":      # importing torch takes seconds: Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import numpy as np
 import torch
 
 import evaluate
 import flags
 import tjepa
+from data.checkpoints import write_safely
 from data.inputs import printable
 
 PHASES = ("pretrain", "distill", "speak", "teach")
@@ -163,6 +166,45 @@ def program_version():
     except OSError:                     # git is not installed
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+# -- snapshots: where concepts and thoughts lie; labs/page.py moves them through time --------------
+def evenly(numbers, most):
+    """At most so many of some numbers (n,), evenly spaced."""
+    return numbers[torch.linspace(0, len(numbers) - 1, min(len(numbers), most)).long()]
+
+@torch.no_grad()
+def keep_snapshot(run, phase, step):
+    """Write out/snapshots/PHASE-STEP.npz at an evaluation: 80 kB, and training never reads it.
+
+    concepts (A, D), thoughts (n, D): fp16, on the scale that the teacher gives to answers. There a
+    collapse is seen; `TJEPA.standardise` would magnify what is left. answers (A,), questions and
+    splits (n,), right (n,): their texts; right is the answer that a question has.
+    A run that knows no answers keeps none.
+    """
+    questions, model = run.questions, run.model
+    if questions is None or (run.concepts is None and run.cfg.teacher_width):
+        return                          # before phase 2 another teacher has said nothing yet
+    which = evenly(torch.arange(len(questions.answers)), 512)
+    asked = questions.where(*evaluate.SPLITS, "NEVER", phrasing=evaluate.usual_phrasing(questions))
+    asked = evenly(asked, 100)
+    thoughts = evaluate.think_all(run, questions.tokens[asked]).latent
+
+    # before phase 2 the scale is 1 and the mean 0
+    back = torch.linalg.inv_ex(model.answer_scale.cpu().double()).inverse
+    thoughts = thoughts.cpu().double() @ back + model.answer_mean.cpu()
+    if run.concepts is None:
+        concepts = model.concept(questions.answer_tokens[which]).cpu()
+    else:
+        concepts = run.concepts[which].cpu().double() @ back + model.answer_mean.cpu()
+    rows = [questions.rows[i] for i in asked.tolist()]
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, concepts=concepts.half().numpy(), thoughts=thoughts.half().numpy(),
+        answers=[questions.answers[i] for i in which], questions=[row.question for row in rows],
+        right=[row.answer for row in rows], splits=[row.split for row in rows])
+    folder = Path(run.cfg.out) / "snapshots"
+    folder.mkdir(exist_ok=True)
+    write_safely(folder / f"{phase}-{step}.npz", buffer.getvalue())
 
 # -- the curves of one run -------------------------------------------------------------------------
 class Line(NamedTuple):

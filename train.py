@@ -565,6 +565,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         log.rows[-1].update(figures)
         save(step, optimizer, evaluated=True)
         if figures:                     # a control that is measured elsewhere has nothing to draw
+            report.keep_snapshot(run, phase, step)
             title = f"{cfg.out}, recipe {cfg.recipe}, commit {report.program_version()}"
             report.draw_curves(log.rows, EVERY, Path(cfg.out) / "curves.png", title)
         said = report.alarm(figures, cfg)
@@ -1290,7 +1291,8 @@ def next_command(cfg):
         return f"python train.py --phase=distill --out={cfg.out}"
     if cfg.phase == "distill":
         return f"python train.py --phase=speak --out={cfg.out}"
-    return f"python sample.py --out={cfg.out}"
+    look = "" if cfg.is_text else f", or look inside: python -m labs.page --out={cfg.out}"
+    return f"python sample.py --out={cfg.out}{look}"
 
 def end_bars():
     """Close the progress bars, so that what is printed next begins on a line of its own."""

@@ -5,10 +5,10 @@ A disk that is full at each write of a run in turn, and what the checksum of a c
     python -m tests.disk --cost     half a minute: the time of saving a checkpoint
 
 A phase is begun anew on a finished toy run. When it is about to write its first ckpt.pt, copy of
-the previous ckpt.pt, config.json, metrics.csv, curves.png or lock.pid, the disk is filled but for
-some bytes. Checked: exit code 2 and one line, or the run goes on where the file is not needed; the
-old checkpoint is whole; when there is room again, the command or --resume ends with the same
-weights as undisturbed.
+the previous ckpt.pt, config.json, metrics.csv, a snapshot, curves.png or lock.pid, the disk is
+filled but for some bytes. Checked: exit code 2 and one line, or the run goes on where the file is
+not needed; the old checkpoint is whole; when there is room again, the command or --resume ends
+with the same weights as undisturbed.
 """
 import argparse
 import io
@@ -33,8 +33,8 @@ from tests.toy import FLAGS, as_argv, write_corpus
 # the file that is being written -> which of its writes hits the full disk
 WRITES = [("ckpt.previous.part", 1), ("ckpt.part", 1), ("ckpt.part", 2), ("ckpt.part", 3),
           ("config.part", 1), ("config.part", 2), ("config.part", 3), ("metrics.part", 1),
-          ("metrics.csv", 1), ("curves.part.png", 1), ("curves.part.png", 2), ("lock.pid", 1),
-          ("lock", 1)]
+          ("metrics.csv", 1), ("speak-20.part", 1), ("curves.part.png", 1), ("curves.part.png", 2),
+          ("lock.pid", 1), ("lock", 1)]
 ANEW = ["--phase=speak", "--seed=1", "--speak_steps=40", "--eval_every=20"]
 
 

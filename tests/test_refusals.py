@@ -45,8 +45,9 @@ def copy(world, tmp_path):
 
 
 def contents(folder):
-    """Name -> bytes of each file."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Path inside of the folder -> bytes of each file."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def write_checkpoint(folder, checkpoint, sealed=True):
