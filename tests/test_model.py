@@ -257,6 +257,8 @@ def test_threads_do_not_change_a_gradient(monkeypatch):
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+                    reason="torch 2.5 and 2.6 break the graph at a property of a named tuple")
 @pytest.mark.parametrize("changes", [{}, dict(mlm=0.0), dict(target="token", loss="infonce")])
 def test_phase_1_compiles_without_a_graph_break(changes):
     """--compile: a break would make a GPU wait. Masking and loss are one graph each."""
