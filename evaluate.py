@@ -40,8 +40,12 @@ TYPING = ("lower", "no_mark", "typo")       # the noise of the test
 # -- phase 1: the text -----------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate_text(run, rows=256):
-    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target."""
+    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target.
+
+    rows: of 64 tokens; longer rows are as many fewer.
+    """
     model = run.model
+    rows = max(1, min(rows, rows * 64 // run.cfg.block_size))
     # the same rows and the same spans at every evaluation
     torch.manual_seed(0)
     tokens = run.corpus.val.batch(rows).to(run.device)                          # (n, T)
