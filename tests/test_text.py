@@ -213,6 +213,32 @@ def test_a_run_at_chance_is_told_so(energy, said):
     """Healthy latents alone do not mean that anything was learned."""
     figures = dict(word_choices=100, word_energy_hit5=energy)
     assert bool(report.advice(figures)) == said
+    # energy among the commonest words may be frequency alone: the figure without it decides
+    figures = dict(word_choices=100, word_energy_hit5=0.2, word_similar_energy_hit5=energy)
+    assert bool(report.advice(figures)) == said
+
+
+@pytest.mark.parametrize("n_words, knows", [(250, True), (250, False), (150, True)])
+def test_words_of_similar_frequency_are_those_after_the_commonest(n_words, knows):
+    """Such a word is found by one who knows it; where there are not enough, nothing is measured."""
+    flags = [True] * n_words + [False] * 4
+    tokenizer = SimpleNamespace(word_start=flags, is_word=flags, pad=n_words, eos=n_words + 2)
+    # word i occurs n_words - i times and more
+    stream = torch.cat([torch.arange(n) for n in range(1, n_words + 1)])
+    stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(0))]
+    text = data.Text(stream.numpy(), 16, tokenizer, "text")
+    cfg = tjepa.Config(vocab_size=n_words + 4, block_size=16, mlm=0.0)
+    run = SimpleNamespace(corpus=SimpleNamespace(train=text, val=text, tokenizer=tokenizer),
+                          model=Oracle(cfg, knows), device="cpu")
+    figures = evaluate.similar_words(run, 32)
+    if n_words < 200:
+        assert figures == {}
+        return
+    hidden = evaluate.hide_words(run, text, 32, first=100)
+    assert hidden.words.tolist() == list(range(100, 200))
+    assert figures["word_similar_energy_hit1"] == knows
+    # the commonest of them are no more than twice as common as the rarest
+    assert figures["word_similar_unigram_hit5"] < 0.3
 
 
 @pytest.mark.parametrize("sentence, word", [
