@@ -257,6 +257,40 @@ def test_common_words_are_found_in_every_script(sentence, word, tmp_path):
     assert any(word in found for found in words) and counts[0] >= counts[-1] > 0
 
 
+@torch.no_grad()
+def test_scaled_embeddings_reach_the_target():
+    """Share of the latents' variance that the token itself explains, before any training."""
+    cfg = tjepa.Config(vocab_size=54, n_layer=2, top_k=2)
+    tokens = torch.randint(50, (64, 64), generator=torch.Generator().manual_seed(0))
+    explained = []
+    for scale in (1.0, 50.0):
+        torch.manual_seed(0)
+        model = tjepa.TJEPA(dataclasses.replace(cfg, embed_scale=scale), [True] * 54)
+        latents = model.encode(tokens).flatten(0, 1)                        # (N, C)
+        latents -= latents.mean(0)
+        within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in
+                     (latents[tokens.flatten() == token] for token in range(50)))
+        explained.append(1 - within / (latents ** 2).sum())
+    assert explained[0] < 0.5 and explained[1] > 0.9
+
+
+@pytest.mark.parametrize("loss, found, learned", [
+    ("mse", 1, True), ("mse", 3, False), ("infonce", 3, True), ("infonce", 0, False)])
+def test_infonce_is_not_called_unlearned_for_the_length_of_its_predictions(run, loss, found,
+                                                                           learned):
+    """Predictions three times as long as their targets have R2 below 0, and are all right."""
+    torch.manual_seed(0)
+    target = tjepa.norm(torch.randn(64, 8, 16))
+    predicted = found * target if found else target.roll(1, 0)
+    prediction = SimpleNamespace(predicted=predicted, target=target,
+                                 span_mask=torch.ones(64, 8, dtype=torch.bool))
+    cfg = dataclasses.replace(run.model.cfg, loss=loss)
+    model = SimpleNamespace(cfg=cfg, word_start=run.model.word_start, encode=torch.nn.Embedding(
+        cfg.vocab_size, 16), predict=lambda tokens, spans: prediction)
+    figures = evaluate.evaluate_text(run._replace(model=model), 64)
+    assert figures["health"] == ("healthy" if learned else "unlearned")
+
+
 # -- the text --------------------------------------------------------------------------------------
 def test_settings_follow_from_the_size_of_the_text_and_flags_win(text, capsys):
     """Facts and questions keep their own settings."""
