@@ -73,7 +73,7 @@ class Config:
     target: str = "span"        # span: one mean latent per span, as in the paper | token
     top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
                                 # (then the embedding is one of them); paper: 1
-    embed_scale: float = 1.0    # factor of the embeddings: at 1 the blocks drown the tokens of prose
+    embed_scale: float = 1.0    # factor of the embeddings; at 1 the blocks drown the tokens
     target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
     loss: str = "mse"           # distance to the target: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
