@@ -58,6 +58,9 @@ class Log:
         "word_prior_hit1 word_prior_hit5 word_prior_rank "
         "word_head_hit1 word_head_hit5 word_head_rank "
         "word_unigram_hit1 word_unigram_hit5 word_unigram_rank "
+        "word_similar_energy_hit1 word_similar_energy_hit5 word_similar_energy_rank "
+        "word_similar_head_hit1 word_similar_head_hit5 word_similar_head_rank "
+        "word_similar_unigram_hit1 word_similar_unigram_hit5 word_similar_unigram_rank "
         "gap_em gap_f1 gap_em_echo gap_em_shuffled gap_em_common"
     ).split()
 
@@ -452,6 +455,9 @@ WORD_SCORES = {
     "prior": "by energy and word frequency",
     "head": "by the masked-LM head",
     "unigram": "control: by word frequency alone",
+    "similar_energy": "among 100 words about equally frequent, by energy",
+    "similar_head": "among these, by the masked-LM head",
+    "similar_unigram": "control: among these, by word frequency alone",
 }
 
 def word_lines(figures):
@@ -469,10 +475,12 @@ def word_lines(figures):
 
 def advice(figures):
     """What to do where spread latents know no words yet."""
-    # 256 gaps: two standard errors of hit@5 at chance
     chance = min(1, 5 / figures["word_choices"])
+    # among equally frequent words, where there are enough: frequency alone is no knowledge
+    found = figures.get("word_similar_energy_hit5", figures["word_energy_hit5"])
+    # 256 gaps: two standard errors of hit@5 at chance
     error = (chance * (1 - chance) / 256) ** 0.5
-    if figures["word_energy_hit5"] <= chance + 2 * error:
+    if found <= chance + 2 * error:
         return ["  latents spread, nothing learned yet: more steps (--pretrain_steps)"]
     return []
 

@@ -350,24 +350,36 @@ def fill(session, text, source):
         print(f"{energy[i]:8.4f}  {words[i]}")
     print(printable(parts[0], None) + f"[{words[order[0]]}]" + printable(parts[1], None))
 
+def think_on(session, ids, length):
+    """Yield what follows a text, lists of token ids of `length` tokens in all: the next span is
+    thought, said and appended, then the next. ids: the text so far, at least one token."""
+    run = session.run
+    span = min(LENGTHS[-1], run.cfg.answer_size - 1)
+    ids = list(ids)
+    left = length
+    while left > 0:
+        said = say_gap(session, ids[-(run.cfg.block_size - span):], span, [])[:left]
+        if not said:
+            return
+        ids += said
+        left -= len(said)
+        yield said
+
 def go_on(session, text, source):
-    """Print a text and what follows: the next span is thought, said and appended, then the next."""
-    flags, run, tokenizer = session.flags, session.run, session.tokenizer
+    """Print a text and what follows, as it is said."""
+    flags, tokenizer = session.flags, session.tokenizer
     ids = evaluate.around_gap(tokenizer, text.strip(), "")[0]
     if not ids:
         raise ValueError(f'{source} is empty: write the beginning of a text, as in '
                          '--go_on="What is thy"')
+<<<<<<< HEAD
     span = min(LENGTHS[-1], run.cfg.answer_size - 1, run.cfg.block_size - 1)
+=======
+>>>>>>> text
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     torch.manual_seed(flags.seed)
     print(printable(text.strip(), None), end="", flush=True)
-    left = flags.length
-    while left > 0:
-        said = say_gap(session, ids[-(run.cfg.block_size - span):], span, [])[:left]
-        if not said:
-            break
-        ids += said
-        left -= len(said)
+    for said in think_on(session, ids, flags.length):
         words = utf8.decode(b"".join(tokenizer.ranks[i] for i in said))
         # lines stay lines; all else that steers a terminal is written out
         print("\n".join(printable(line, None) for line in words.split("\n")), end="", flush=True)

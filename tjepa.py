@@ -55,6 +55,7 @@ class Config:
     target: str = "span"        # span: one mean latent per span, as in the paper | token
     top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
                                 # (then the embedding is one of them); paper: 1
+    embed_scale: float = 1.0    # factor of the embeddings; at 1 the blocks drown the tokens
     target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
     loss: str = "mse"           # distance to the target: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
@@ -80,6 +81,7 @@ class Config:
             ("n_embd pred_embd", *within(1, 100_000)),
             ("vocab_size block_size answer_size", *within(4, 1_000_000)),
             ("sigreg mlm noise teacher_width", *within(0, 1_000_000)),
+            ("embed_scale", lambda v: 0 < v <= 1000, "above 0, at most 1000"),
             ("ema_half_life", lambda v: v >= 0, "0 or more; inf freezes the target"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
@@ -220,6 +222,9 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        # A block adds values of std .5 to 1 to the residual stream. At std .02 the token itself is
+        # soon a small part of it: at the start it explains a fifth of the first layer's variance.
+        self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the
         # mask token to a full question.
@@ -241,6 +246,8 @@ class Encoder(nn.Module):
         mask = None if mask is None else additive(mask)
         wanted = slice(None) if n_last is None else slice(-n_last, None)
         x = self.embed(tokens)                          # (B, T, C)
+        if self.embed_scale != 1:
+            x = self.embed_scale * x
         layers = [x[:, wanted]]
         for block in self.blocks[:-1]:
             x = block(x, rope, mask)

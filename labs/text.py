@@ -12,18 +12,24 @@ LM, which is told how many tokens are hidden.
 
 All arms read the same rows with the same learning rate, the one that `train.py --data=FILE` takes
 for 1 MB. The masked LM has no predictor and no latents, and fills a gap greedily, all of its tokens
-at once.
+at once. The GPT reads the text before a gap alone; it goes on greedily from there.
 """
 import dataclasses
+import math
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 
+import data
 import evaluate
+import sample
+import tjepa
 import train
 from labs.arms import Flags, chosen, in_short, main, run_arms
-from labs.controls import MASKED_LM
-from labs.runs import Arm, open_run, train_arm
+from labs.controls import MASKED_LM, read_gpt
+from labs.runs import NOW, Arm, open_run, train_arm
 from labs.tables import table
 
 DATA = "data/shakespeare/input.txt"
@@ -32,13 +38,14 @@ def settings(n_characters):
     """What `train.py --data=FILE` takes for so many characters of prose in the Latin script."""
     sizes = next(row[1:] for row in train.TEXT_SIZES if n_characters <= row[0])
     names = ("vocab_size", "pretrain_steps", "speak_steps")
-    return train.TEXT | dict(zip(names, sizes)) | dict(eval_every=10 ** 9, data=DATA)
+    return NOW | train.TEXT | dict(zip(names, sizes)) | dict(eval_every=10 ** 9, data=DATA)
 
 SHAKESPEARE = settings(1_115_394)
 ARMS = {
     "default": Arm(**SHAKESPEARE),
     "latents alone": Arm(**SHAKESPEARE | train.LATENT),
     "masked LM": Arm(**SHAKESPEARE | MASKED_LM | dict(phase="pretrain")),
+    "GPT": Arm(**SHAKESPEARE | dict(phase="pretrain", variant="GPT")),
     "random encoder": Arm(**SHAKESPEARE | dict(pretrain_steps=0)),
 }
 COLUMNS = {
@@ -67,16 +74,136 @@ def greedy_fill(run, rows=512):
     return dict(gap_em=sum(a == b for a, b in pairs) / len(pairs),
                 gap_f1=sum(evaluate.token_f1(a, b) for a, b in pairs) / len(pairs))
 
+@torch.no_grad()
+def gpt_fill(run, rows=512):
+    """Exact match and token F1 of a GPT on the same gaps, greedily, from the text before each.
+
+    It is told how many tokens are hidden.
+    """
+    torch.manual_seed(0)
+    gaps = evaluate.draw_gaps(run, run.corpus.val, rows, longest=3, alone=True)
+    pad, text = run.model.cfg.pad, gaps.text.clone()
+    row = torch.arange(len(text), device=run.device)
+    # what stands in the gap and after it is not read: attention is causal, so one row at a time
+    # is continued in place
+    for step in range(3):
+        states = run.model.states(run.model.after_bos(text))            # (n, 1+T, C)
+        place = (gaps.begin + step).clamp(max=text.size(1) - 1)         # (n,)
+        text[row, place] = run.model.say(states[row, place])[:, :pad].argmax(-1)
+    truth = [evaluate.words_of(words, pad) for words in gaps.words.tolist()]
+    said = [ids[begin:begin + len(words)] for ids, begin, words in
+            zip(text.tolist(), gaps.begin.tolist(), truth)]
+    return dict(gap_em=sum(map(list.__eq__, said, truth)) / len(truth),
+                gap_f1=sum(map(evaluate.token_f1, said, truth)) / len(truth))
+
+@torch.no_grad()
+def gpt_words(run, rows=256):
+    """Figures of hidden words by the log-probability of a GPT, which reads the text before each."""
+    figures = {}
+    for first, name in ((0, "head"), (100, "similar_head")):
+        hidden = evaluate.hide_words(run, run.corpus.val, rows, first=first)
+        states = run.model.states(run.model.after_bos(hidden.tokens))   # (n, 1+T, C)
+        # after [BOS] the state at a place has read all tokens before it
+        before = states[torch.arange(len(states)), hidden.place[:, 0]]  # (n, C)
+        scores = run.model.say(before)[:, hidden.words]                 # (n, W)
+        figures |= evaluate.hit_and_rank(scores, hidden.own, name)
+    return figures
+
+# -- a passage goes on -----------------------------------------------------------------------------
+
+class Judge:
+    """Bits per character of a text by a character model of order 4, counted in another text.
+
+    Each order is interpolated with the next lower one (Witten and Bell 1991): the share of the
+    lower order is that of a new character after this context.
+    """
+
+    def __init__(self, text, order=4):
+        self.order = order
+        self.counts = [Counter() for _ in range(order + 2)]     # by length of the string
+        self.follow = [Counter() for _ in range(order + 1)]     # different characters after each
+        for n in range(order + 1):
+            grams = Counter(text[i:i + n + 1] for i in range(len(text) - n))
+            self.counts[n + 1] = grams
+            self.follow[n] = Counter(gram[:-1] for gram in grams)
+        self.total = [Counter() for _ in range(order + 1)]
+        for n in range(order + 1):
+            for gram, times in self.counts[n + 1].items():
+                self.total[n][gram[:-1]] += times
+
+    def bits(self, text):
+        """Bits per character of a text, its first `order` characters given."""
+        bits = 0.0
+        for i in range(self.order, len(text)):
+            p = 1 / 256
+            for n in range(self.order + 1):
+                context = text[i - n:i]
+                seen, kinds = self.total[n][context], self.follow[n][context]
+                if seen:
+                    p = (self.counts[n + 1][context + text[i]] + kinds * p) / (seen + kinds)
+            bits -= math.log2(p)
+        return bits / max(1, len(text) - self.order)
+
+def judged(passages, tokenizer, corpus):
+    """Figures of passages, lists of token ids: real words, distinct pairs of words, bits."""
+    known = tokenizer.decode(corpus.train.tokens.tolist())
+    real, judge = set(re.findall(r"\w+", known.lower())), Judge(known)
+    texts = [tokenizer.decode(ids) for ids in passages]
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    pairs = [pair for row in words for pair in zip(row, row[1:])]
+    every = [word for row in words for word in row]
+    return dict(passage_distinct=len(set(pairs)) / max(1, len(pairs)),
+                passage_real=sum(word in real for word in every) / max(1, len(every)),
+                passage_bits=sum(map(judge.bits, texts)) / len(texts))
+
+def beginnings(run, n=32, length=16):
+    """The first tokens of n rows of held-out text, a list of lists."""
+    torch.manual_seed(0)
+    return run.corpus.val.batch(n)[:, :length].tolist()
+
+def go_on(run, length=100, temperature=0.8):
+    """Figures of what a T-JEPA says after beginnings of held-out text, span by span."""
+    flags = sample.Flags(temperature=temperature)
+    session = sample.Session(flags, run, run.corpus.tokenizer, {})
+    torch.manual_seed(0)
+    passages = [[token for said in sample.think_on(session, ids, length) for token in said]
+                for ids in beginnings(run)]
+    return judged(passages, run.corpus.tokenizer, run.corpus)
+
+@torch.no_grad()
+def gpt_goes_on(run, length=100, temperature=0.8):
+    """The same figures of a GPT, which goes on token by token; and of the true text."""
+    begun = torch.tensor(beginnings(run), device=run.device)                # (n, 16)
+    torch.manual_seed(0)
+    ids = begun
+    for _ in range(length):
+        read = run.model.after_bos(ids[:, -run.cfg.block_size:])
+        logits = run.model(read)[0][:, -1, :run.model.cfg.pad]
+        token = tjepa.sample_token(logits, temperature)
+        ids = torch.cat((ids, token[:, None]), dim=1)
+    figures = judged(ids[:, begun.size(1):].tolist(), run.corpus.tokenizer, run.corpus)
+    torch.manual_seed(0)
+    true = run.corpus.val.batch(32)[:, begun.size(1):].tolist()
+    truth = judged(true, run.corpus.tokenizer, run.corpus)
+    return figures | {f"true_{name}": value for name, value in truth.items()}
+
+def measure_gpt(cfg):
+    """Train a GPT on as many tokens: its figures of hidden words and gaps."""
+    run = read_gpt(cfg, data.load(cfg))
+    return gpt_words(run) | gpt_fill(run) | gpt_goes_on(run)
+
 def measure(cfg):
     """Train an arm: its figures of hidden words and spoken gaps."""
+    if cfg.variant == "GPT":
+        return measure_gpt(cfg)
     found = train_arm(cfg)
     figures = {name: value for name, value in found.items()
                if name.startswith(("word_", "gap_", "rank", "val_r2", "health"))}
     if cfg.variant == "MaskedLM":       # it has no latents to speak of
         figures = {name: value for name, value in figures.items()
                    if name.startswith(("word_head", "word_unigram", "word_choices"))}
-        figures |= greedy_fill(open_run(cfg))
-    return figures
+        return figures | greedy_fill(open_run(cfg))
+    return figures | go_on(open_run(cfg))
 
 def text(flags):
     """Run the arms and print the table."""

@@ -213,6 +213,32 @@ def test_a_run_at_chance_is_told_so(energy, said):
     """Healthy latents alone do not mean that anything was learned."""
     figures = dict(word_choices=100, word_energy_hit5=energy)
     assert bool(report.advice(figures)) == said
+    # energy among the commonest words may be frequency alone: the figure without it decides
+    figures = dict(word_choices=100, word_energy_hit5=0.2, word_similar_energy_hit5=energy)
+    assert bool(report.advice(figures)) == said
+
+
+@pytest.mark.parametrize("n_words, knows", [(250, True), (250, False), (150, True)])
+def test_words_of_similar_frequency_are_those_after_the_commonest(n_words, knows):
+    """Such a word is found by one who knows it; where there are not enough, nothing is measured."""
+    flags = [True] * n_words + [False] * 4
+    tokenizer = SimpleNamespace(word_start=flags, is_word=flags, pad=n_words, eos=n_words + 2)
+    # word i occurs n_words - i times and more
+    stream = torch.cat([torch.arange(n) for n in range(1, n_words + 1)])
+    stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(0))]
+    text = data.Text(stream.numpy(), 16, tokenizer, "text")
+    cfg = tjepa.Config(vocab_size=n_words + 4, block_size=16, mlm=0.0)
+    run = SimpleNamespace(corpus=SimpleNamespace(train=text, val=text, tokenizer=tokenizer),
+                          model=Oracle(cfg, knows), device="cpu")
+    figures = evaluate.similar_words(run, 32)
+    if n_words < 200:
+        assert figures == {}
+        return
+    hidden = evaluate.hide_words(run, text, 32, first=100)
+    assert hidden.words.tolist() == list(range(100, 200))
+    assert figures["word_similar_energy_hit1"] == knows
+    # the commonest of them are no more than twice as common as the rarest
+    assert figures["word_similar_unigram_hit5"] < 0.3
 
 
 @pytest.mark.parametrize("sentence, word", [
@@ -229,6 +255,40 @@ def test_common_words_are_found_in_every_script(sentence, word, tmp_path):
     ids, counts = data.frequent_words(corpus.train.tokens, corpus.tokenizer, 100)
     words = [corpus.tokenizer.decode([i]).strip() for i in ids.tolist()]
     assert any(word in found for found in words) and counts[0] >= counts[-1] > 0
+
+
+@torch.no_grad()
+def test_scaled_embeddings_reach_the_target():
+    """Share of the latents' variance that the token itself explains, before any training."""
+    cfg = tjepa.Config(vocab_size=54, n_layer=2, top_k=2)
+    tokens = torch.randint(50, (64, 64), generator=torch.Generator().manual_seed(0))
+    explained = []
+    for scale in (1.0, 50.0):
+        torch.manual_seed(0)
+        model = tjepa.TJEPA(dataclasses.replace(cfg, embed_scale=scale), [True] * 54)
+        latents = model.encode(tokens).flatten(0, 1)                        # (N, C)
+        latents -= latents.mean(0)
+        within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in
+                     (latents[tokens.flatten() == token] for token in range(50)))
+        explained.append(1 - within / (latents ** 2).sum())
+    assert explained[0] < 0.5 and explained[1] > 0.9
+
+
+@pytest.mark.parametrize("loss, found, learned", [
+    ("mse", 1, True), ("mse", 3, False), ("infonce", 3, True), ("infonce", 0, False)])
+def test_infonce_is_not_called_unlearned_for_the_length_of_its_predictions(run, loss, found,
+                                                                           learned):
+    """Predictions three times as long as their targets have R2 below 0, and are all right."""
+    torch.manual_seed(0)
+    target = tjepa.norm(torch.randn(64, 8, 16))
+    predicted = found * target if found else target.roll(1, 0)
+    prediction = SimpleNamespace(predicted=predicted, target=target,
+                                 span_mask=torch.ones(64, 8, dtype=torch.bool))
+    cfg = dataclasses.replace(run.model.cfg, loss=loss)
+    model = SimpleNamespace(cfg=cfg, word_start=run.model.word_start, encode=torch.nn.Embedding(
+        cfg.vocab_size, 16), predict=lambda tokens, spans: prediction)
+    figures = evaluate.evaluate_text(run._replace(model=model), 64)
+    assert figures["health"] == ("healthy" if learned else "unlearned")
 
 
 # -- the text --------------------------------------------------------------------------------------
