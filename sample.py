@@ -354,7 +354,7 @@ def think_on(session, ids, length):
     """Yield what follows a text, lists of token ids of `length` tokens in all: the next span is
     thought, said and appended, then the next. ids: the text so far, at least one token."""
     run = session.run
-    span = min(LENGTHS[-1], run.cfg.answer_size - 1)
+    span = min(LENGTHS[-1], run.cfg.answer_size - 1, run.cfg.block_size - 1)
     ids = list(ids)
     left = length
     while left > 0:
@@ -372,10 +372,6 @@ def go_on(session, text, source):
     if not ids:
         raise ValueError(f'{source} is empty: write the beginning of a text, as in '
                          '--go_on="What is thy"')
-<<<<<<< HEAD
-    span = min(LENGTHS[-1], run.cfg.answer_size - 1, run.cfg.block_size - 1)
-=======
->>>>>>> text
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     torch.manual_seed(flags.seed)
     print(printable(text.strip(), None), end="", flush=True)

@@ -57,7 +57,9 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + tokens.size(1), device=tokens.device)
         rope = self.rope[positions].unsqueeze(-3)       # (B, 1, T, hs/2) or (1, T, hs/2): all heads
         causal = mask is None and not past
-        x = self.cfg.embed_scale * self.embed(tokens)                   # (B, T, C)
+        x = self.embed(tokens)                                          # (B, T, C)
+        if self.cfg.embed_scale != 1:
+            x = self.cfg.embed_scale * x
         states = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, rope, mask, causal, cache)
