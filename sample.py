@@ -62,9 +62,9 @@ class Flags:
         tjepa.check(self, (
             ("temperature", lambda v: v == 0 or 0.001 <= v < math.inf, "0, or 0.001 or more"),
             ("top_k", lambda v: v >= 0, "0 (all) or above"),
-            ("n", *tjepa.within(1, 1000)),
+            ("n", *tjepa.within(1, 1_000_000)),
             ("length", *tjepa.within(1, 100_000)),
-            ("top_p", *tjepa.within(1e-6, 1)),          # float32 takes 1e-300 for 0
+            ("top_p", *tjepa.within(1e-30, 1)),         # float32 takes 1e-300 for 0
             ("seed", lambda v: 0 <= v < 2 ** 63, "at least 0 and below 2**63"),
         ))
 
@@ -334,6 +334,8 @@ def fill(session, text, source):
 
     torch.manual_seed(flags.seed)
     draws = len(lengths) if flags.temperature == 0 else flags.n
+    if draws > 1000:
+        raise ValueError(f"--n={flags.n}: at most 1000 fillings are drawn")
     fillings = []
     for draw in range(draws):
         said = say_gap(session, left, lengths[draw % len(lengths)], right)

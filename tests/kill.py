@@ -2,7 +2,8 @@
 Kill train.py at 60 random moments, go on, and compare with the same command undisturbed.
 
     python -m tests.kill                60 kills, some minutes; seed 0
-    python -m tests.kill --kills=12     a quick look, one kill of each kind
+    python -m tests.kill --kills=25     a quick look, one kill of each kind
+    python -m tests.kill --part=0/2     every second kill: two parts may run at once
 
 The toy of tests/toy.py goes through all three phases, or through the two of a text without
 questions; or on a finished run a phase is begun anew with another seed, or facts are added once or
@@ -226,12 +227,13 @@ def main():
     """Run the kills and print one line each."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--part", default="0/1")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
     # one of each kind in turn, so that few kills see all kinds
     rounds = [[kind for kind, times in KINDS.items() if i < times] for i in range(8)]
-    kinds = list(itertools.chain(*rounds))[:given.kills]
-    rng = random.Random(given.seed)
+    kinds = list(enumerate(itertools.chain(*rounds), start=1))[:given.kills][part::parts]
     right = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -241,7 +243,8 @@ def main():
         for name in sorted(argv, key=lambda name: (name in FINISHED, name == "more")):
             source = folder / f"whole-{FINISHED[name]}" if name in FINISHED else None
             known[name] = whole_run(folder, name, argv[name], source)
-        for number, (name, moment) in enumerate(kinds, start=1):
+        for number, (name, moment) in kinds:
+            rng = random.Random(f"{given.seed}, {number}")
             where, wrong = kill(folder, name, moment, known[name], rng, number)
             right += not wrong
             print(f"kill {number}, {name}, {moment}: {where}; "

@@ -416,7 +416,7 @@ ONE_SPAN = "exactly one span in brackets"
     (["--seed=" + "9" * 30], "--seed"),
     (["--n=0"], "--n=0 must be"),
     (["--n=many"], "--n"),
-    (["--n=1001"], "--n=1001 must be"),
+    (["--n=1000001"], "--n=1000001 must be"),
     (["--length=100001"], "--length=100001 must be"),
     (["--promt=Golf?"], "did you mean --prompt?"),
     (["--device=abacus"], "--device=abacus must be one of"),

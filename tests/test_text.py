@@ -423,6 +423,12 @@ def test_a_text_that_cannot_be_said_is_refused(text, fails, flag, words):
     assert words in fails(f"--out={text.cfg.out}", flag)
 
 
+def test_fillings_have_an_end(text, fails):
+    """Each takes a step of the predictor and several of the decoder."""
+    said = fails(f"--out={text.cfg.out}", "--fill=The [...] is", "--temperature=1", "--n=1001")
+    assert "--n=1001: at most 1000" in said
+
+
 def test_a_run_that_cannot_say_gaps_says_what_to_do(text, world, tmp_path, fails):
     """After phase 1 alone, and where answers were taught."""
     train.run(short(text, tmp_path / "run", phase="pretrain"))

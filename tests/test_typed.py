@@ -327,7 +327,7 @@ def test_a_phase_trains_on_trained_wordings_and_is_measured_on_all_at_its_end_on
     loss_at, measure = train.PHASE_OF[phase](run)
     if phase == "speak":
         lessons = train.make_lessons(run)
-        asked = run.questions.where("DEC", phrasing="trained")
+        asked = run.questions.where("DEC", "NEW", phrasing="trained")
         assert lessons.n_questions == len(asked)
     else:
         assert set(taught) == {"trained"}

@@ -8,7 +8,8 @@ import torch
 import tjepa
 import train
 from labs import variants
-from tests.toy import FLAGS, MASK, WORDS, answers, loss_of, make, rows, spans_of, write_corpus
+from tests.toy import (
+    BREAKS_GRAPHS, FLAGS, MASK, WORDS, answers, loss_of, make, rows, spans_of, write_corpus)
 
 CLASSES = [kind for kind in vars(variants).values()
            if isinstance(kind, type) and issubclass(kind, tjepa.TJEPA) and kind is not tjepa.TJEPA]
@@ -135,6 +136,7 @@ def test_without_a_predictor_the_encoder_reads_masks():
     assert (read[0][:, n_context:] == MASK).all() and not (read[0][:, :n_context] == MASK).any()
 
 
+@pytest.mark.skipif(BREAKS_GRAPHS, reason="torch 2.5 and 2.6 break graphs")
 def test_phase_1_without_a_predictor_compiles_without_a_graph_break():
     """The speed of the ablation must be comparable under --compile."""
     model, tokens = make(variants.NoPredictor), rows(4, 16)
