@@ -263,7 +263,8 @@ def times_of_plans(gpt, cfg, n=5):
     And the time in which the GPT writes the next states of as many states, after each action, in
     as large batches. Both are measured in turn, in one process.
     """
-    cfg = dataclasses.replace(BASE, seed=cfg.seed, out=cfg.out, device=cfg.device)
+    steps = min(cfg.pretrain_steps, BASE.pretrain_steps)
+    cfg = dataclasses.replace(cfg, pretrain_steps=steps, pretrain_lr=BASE.pretrain_lr)
     run, _ = open_encoder(cfg, house.corpus_of(cfg.block_size, cfg.vocab_size, cfg.trajectories))
     imagination = house.LatentWorld(*train_frozen(run, cfg))
     expand, sizes = imagination.expand, []
