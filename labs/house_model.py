@@ -167,6 +167,8 @@ def train_frozen(run, cfg):
         """Loss of random parts of trajectories."""
         return rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
     fit(run._replace(model=model), "distill", loss_at)
+    if cfg.given == "none":             # it has none in planning either
+        latents = latents._replace(actions=torch.zeros_like(latents.actions))
     return model.transition.eval(), latents
 
 def train_joint(run, cfg):
