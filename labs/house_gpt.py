@@ -16,12 +16,14 @@ class GPTWorld:
     and the action that led to it. In the text the order and the wording of sentences are random,
     so that a true goal has about 1 / (sentences * wordings).
     """
-    same = 0.5
+    tolerance = 0.5
 
     def __init__(self, run):
         self.model = run.model
         self.tokenizer = run.corpus.tokenizer
         self.reached = 5.0              # a true goal has about log(4 * 5) = 3.0
+        # facts of a state -> what was written after each action: an episode meets a state often
+        self.written = {}
         self.known = {world.say_fact(fact, wording): fact for fact in world.FACTS
                       for wording in house.TRAINED}
 
@@ -47,8 +49,16 @@ class GPTWorld:
     @torch.no_grad()
     def expand(self, states):
         """Each state after each action; a state that can't be understood has no facts."""
-        prompts = [self.prompt(facts, action) for facts, _ in states for action in world.ACTIONS]
-        n_facts = [len(facts) for facts, _ in states for _ in world.ACTIONS]
+        new = list(dict.fromkeys(facts for facts, _ in states if facts not in self.written))
+        written, n_actions = self.write(new), len(world.ACTIONS)
+        for i, facts in enumerate(new):
+            self.written[facts] = written[i * n_actions:(i + 1) * n_actions]
+        return [found for facts, _ in states for found in self.written[facts]]
+
+    def write(self, states):
+        """The next state, as facts and the prompt that led to it, for each state and action."""
+        prompts = [self.prompt(facts, action) for facts in states for action in world.ACTIONS]
+        n_facts = [len(facts) for facts in states for _ in world.ACTIONS]
         written = [None] * len(prompts)
         # prompts of equal length are continued together: nothing is padded
         for length in {len(prompt) for prompt in prompts}:

@@ -1,7 +1,7 @@
 """
 Can a text T-JEPA plan? V-JEPA 2-AC's method in a house described in sentences.
 
-    python -m labs.planning             19 arms a seed, one to three minutes of a core each
+    python -m labs.planning             20 arms a seed, two to three minutes of a core each
     python -m labs.planning --fast      a minute on one core: does it run?
 
 The house (data/house/prepare.py) has ten rooms, one of them locked, a robot, and up to three
@@ -50,7 +50,8 @@ class Config(Arm):
     inverse: float = 0.0        # weight of inverse dynamics: which action led to what was predicted
     joint: bool = False         # train encoder and transition model together, without phase 1
     cost: str = "closest"       # of a plan: closest | last | sum, as in `house.search`
-    episodes: int = 20          # tasks of each length
+    episodes: int = 40          # tasks of each length
+    task_seed: int = house.TEST # of tasks and states; house.DEV for choosing settings
     trajectories: int = house.TRAJECTORIES
 
     def __post_init__(self):
@@ -67,8 +68,10 @@ class Config(Arm):
 BASE = Config(
     mlm=0.0, n_embd=64, n_layer=3, top_k=3, pred_embd=64, dec_layer=2, block_size=72,
     vocab_size=512, answer_size=12, dtype="fp32", batch_size=32, qa_batch_size=128,
-    pretrain_steps=500, pretrain_lr=2e-3, distill_steps=700, distill_lr=5e-3, speak_steps=150,
-    speak_lr=3e-3, noise=0.3, eval_every=10 ** 9)
+    pretrain_steps=500, pretrain_lr=2e-3, distill_steps=2000, distill_lr=5e-3,
+    speak_steps=150, speak_lr=3e-3, noise=0.3, eval_every=10 ** 9)
+# about as much time as phase 1 and the transition model take
+GPT = dict(policy="gpt", episodes=20, pretrain_steps=2000, pretrain_lr=5e-3)
 JOINT = dict(joint=True, pretrain_steps=1000)
 ARMS = {
     "world model": {},
@@ -86,7 +89,8 @@ ARMS = {
     "joint, inverse dynamics": JOINT | dict(inverse=1.0),
     "joint, without SIGReg": JOINT | dict(sigreg=0.0),
     "joint, without SIGReg, inverse dynamics": JOINT | dict(sigreg=0.0, inverse=1.0),
-    "GPT": dict(policy="gpt", episodes=10, pretrain_steps=1000),
+    "GPT": GPT,
+    "GPT, four times the steps": GPT | dict(pretrain_steps=8000),
     "random policy": dict(policy="random"),
     "random possible actions": dict(policy="sensible"),
     "oracle": dict(policy="oracle"),
@@ -95,7 +99,8 @@ ARMS = {
 # -- phase 1 ---------------------------------------------------------------------------------------
 
 # what phase 1 does not depend on
-LATER = "noise distill_steps distill_lr speak_steps speak_lr qa_batch_size eval_every".split()
+LATER = ("threads noise distill_steps distill_lr speak_steps speak_lr qa_batch_size "
+         "eval_every").split()
 
 def open_encoder(cfg, corpus):
     """A `train.Run` after phase 1. Arms of a seed with the same phase 1 share it."""
@@ -119,9 +124,9 @@ def open_encoder(cfg, corpus):
 
 # -- figures ---------------------------------------------------------------------------------------
 
-def test_walks(n, steps=5, seed=7):
+def new_walks(n, seed, steps=5):
     """New trajectories: states, a list of n lists, and actions, (n, steps) as numbers."""
-    random_ = random.Random(seed)
+    random_ = random.Random(f"{seed} walks")
     states, actions = [], []
     for _ in range(n):
         at = world.draw_state(random_)
@@ -162,9 +167,9 @@ def imagine(imagination, states, actions):
         steps.append(slots)
     return steps
 
-def imagined_figures(imagination, run, n):
+def imagined_figures(imagination, run, n, seed):
     """Imagined states after 1, 3 and 5 steps: nearest facts right, and said right."""
-    states, actions = test_walks(n)
+    states, actions = new_walks(n, seed)
     steps = imagine(imagination, states, actions)
     found = {}
     for k in (1, 3, 5):
@@ -179,10 +184,23 @@ def imagined_figures(imagination, run, n):
         found[f"spoken_{k}"] = (~wrong.any(1)).float().mean().item()
     return found
 
+def written_figures(gpt, n, seed):
+    """States that a GPT writes after 1, 3 and 5 steps, one after the other: all facts right."""
+    states, actions = new_walks(n, seed)
+    found = {}
+    written = [gpt.begin(walk[0], None)[0] for walk in states]
+    for k in range(actions.size(1)):
+        # what can't be understood has no next state
+        written = [gpt.expand([one])[action] if one[0] else one
+                   for one, action in zip(written, actions[:, k].tolist())]
+        right = [facts == set(walk[k + 1].facts()) for (facts, _), walk in zip(written, states)]
+        found[f"spoken_{k + 1}"] = sum(right) / n
+    return {name: found[name] for name in ("spoken_1", "spoken_3", "spoken_5")}
+
 @torch.no_grad()
-def counterfactual(imagination, n):
+def counterfactual(imagination, n, seed):
     """Same state, two actions with two outcomes: are both predicted states the right ones?"""
-    random_ = random.Random(11)
+    random_ = random.Random(f"{seed} counterfactual")
     right = []
     while len(right) < n:
         state = world.draw_state(random_)
@@ -208,11 +226,11 @@ def best_actions(state, goal):
             found.append(action)
     return found
 
-def intervention(policy, n):
+def intervention(policy, n, seed):
     """An object is moved by hand so that no best action stays one: is the new action a best one?"""
-    random_ = random.Random(13)
+    random_ = random.Random(f"{seed} intervention")
     right = []
-    for task in house.tasks("4_6", 4 * n):
+    for task in house.tasks("4_6", 4 * n, seed=seed):
         state = task.start.moved(task.goal[0], random_.choice(world.ROOMS))
         plan = world.shortest_plan(state, task.goal)
         if not plan or house.holds_unseen(state):
@@ -232,31 +250,56 @@ def wordings_alike(latents):
 
 def task_figures(policy, cfg):
     """Success by the length of the shortest plan, and where the combination is new."""
-    found = {f"success_{name}": house.success(policy, house.tasks(name, cfg.episodes))
-             for name in house.BINS}
-    unseen = house.tasks("4_6", cfg.episodes, unseen=True)
+    found = {}
+    for name in house.BINS:
+        some = house.tasks(name, cfg.episodes, seed=cfg.task_seed)
+        found[f"success_{name}"] = house.success(policy, some)
+    unseen = house.tasks("4_6", cfg.episodes, unseen=True, seed=cfg.task_seed)
     return found | dict(success_unseen=house.success(policy, unseen))
 
-def seconds_a_plan(policy, n=5):
-    """Mean time of the first plan of a task of 6 actions."""
-    some = [task for task in house.tasks("4_6", 40) if task.shortest == 6][:n]
-    started = time.perf_counter()
+def times_of_plans(gpt, cfg, n=5):
+    """Time of the first plan of tasks of 6 actions, by the world model of the GPT's seed.
+
+    And the time in which the GPT writes the next states of as many states, after each action, in
+    as large batches. Both are measured in turn, in one process.
+    """
+    steps = min(cfg.pretrain_steps, BASE.pretrain_steps)
+    cfg = dataclasses.replace(cfg, pretrain_steps=steps, pretrain_lr=BASE.pretrain_lr)
+    run, _ = open_encoder(cfg, house.corpus_of(cfg.block_size, cfg.vocab_size, cfg.trajectories))
+    imagination = house.LatentWorld(*train_frozen(run, cfg))
+    expand, sizes = imagination.expand, []
+
+    def counted(states):
+        """Expand states and note how many there are."""
+        sizes.append(len(states.slots))
+        return expand(states)
+    imagination.expand = counted
+    policy = house.planner(imagination)
+    some = [task for task in house.tasks("4_6", 40, seed=cfg.task_seed) if task.shortest == 6][:n]
+    latent = written = 0.0
     for task in some:
+        sizes.clear()
+        started = time.perf_counter()
         policy(task.start, task.goal)
-    return (time.perf_counter() - started) / len(some)
+        between = time.perf_counter()
+        for size in sizes:
+            gpt.write([frozenset(task.start.facts())] * size)
+        latent += (between - started) / len(some)
+        written += (time.perf_counter() - between) / len(some)
+    return dict(seconds_latent=latent, seconds_gpt=written, times_faster=written / latent)
 
 def planning_figures(imagination, cfg):
     """All that a policy which searches in latents is asked."""
     policy = house.planner(imagination, seed=cfg.seed, cost=cfg.cost)
     found = task_figures(policy, cfg)
-    some = [task for name in house.BINS for task in house.tasks(name, cfg.episodes)[::3]]
+    some = [task for name in house.BINS
+            for task in house.tasks(name, cfg.episodes, seed=cfg.task_seed)[::3]]
     new_words = house.LatentWorld(imagination.transition, imagination.latents, house.HELD_OUT)
     reads_new_words = house.planner(new_words, [house.HELD_OUT], cost=cfg.cost)
     found["success_wording"] = house.success(reads_new_words, some)
-    found["intervention"] = intervention(policy, cfg.episodes)
-    found["counterfactual"] = counterfactual(imagination, 5 * cfg.episodes)
+    found["intervention"] = intervention(policy, cfg.episodes, cfg.task_seed)
+    found["counterfactual"] = counterfactual(imagination, 5 * cfg.episodes, cfg.task_seed)
     found["wordings"] = wordings_alike(imagination.latents)
-    found["seconds_plan"] = seconds_a_plan(policy)
     return found
 
 def measure(cfg):
@@ -268,13 +311,14 @@ def measure(cfg):
         return task_figures(simple[cfg.policy], cfg)
     corpus = house.corpus_of(cfg.block_size, cfg.vocab_size, cfg.trajectories)
     if cfg.policy == "gpt":
-        policy = GPTWorld.trained(cfg, corpus).policy()
-        return task_figures(policy, cfg) | dict(seconds_plan=seconds_a_plan(policy, 3))
+        gpt = GPTWorld.trained(cfg, corpus)
+        figures = written_figures(gpt, 5 * cfg.episodes, cfg.task_seed)
+        return figures | task_figures(gpt.policy(), cfg) | times_of_plans(gpt, cfg)
     run, figures = open_encoder(cfg, corpus)
     transition, latents = (train_joint if cfg.joint else train_frozen)(run, cfg)
     teach_speech(run, cfg, latents)
     imagination = house.LatentWorld(transition, latents)
-    figures |= imagined_figures(imagination, run, 5 * cfg.episodes)
+    figures |= imagined_figures(imagination, run, 5 * cfg.episodes, cfg.task_seed)
     return figures | planning_figures(imagination, cfg)
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -287,7 +331,7 @@ def planning(flags):
     """Run the arms and print the tables."""
     if flags.fast:
         print("labs.planning --fast: a minute on one core; its figures mean nothing")
-        arms = {name: dataclasses.replace(in_short(cfg), episodes=4)
+        arms = {name: dataclasses.replace(in_short(cfg), episodes=1, trajectories=100)
                 for name, cfg in arms_of(BASE).items()}
         run_arms("planning", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
         print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))

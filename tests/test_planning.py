@@ -1,10 +1,12 @@
 """The house obeys its rules, what is held out is not in its text, and the search finds plans."""
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
 from data.house import prepare as world
 from labs import house, house_model, planning
 from labs.house_gpt import GPTWorld
@@ -217,6 +219,32 @@ def test_without_actions_the_loss_knows_nothing_of_them():
     assert losses["actions", 0] != losses["actions", 1]
 
 
+def test_outcomes_are_drawn_equally_often():
+    """An object is put down in a few of the actions of the text and in a sixth of those drawn."""
+    torch.manual_seed(0)
+    states, actions = house_model.draw_walks(SMALL, 1200)
+    changed = (states[:, 0] != states[:, 1]).any(1)
+    put = actions[:, 0] == world.ACTIONS.index(("put", ""))
+    assert (put & changed).float().mean().item() == pytest.approx(1 / 6, abs=0.04)
+    every, taken = house.walks(N)
+    changed = (every[:, 1:] != every[:, :-1]).any(-1)
+    put = taken == world.ACTIONS.index(("put", ""))
+    assert (put & changed).float().mean() < 0.06
+
+
+def test_without_actions_there_are_none_in_planning_either(monkeypatch):
+    """Else the search would imagine what an input does that was never trained."""
+    table = torch.randn(65, world.N_WORDINGS, 16)
+    latents = house.Latents(table, table, torch.randn(16, world.N_WORDINGS, 16))
+    monkeypatch.setattr(house, "latents_of", lambda *arguments: latents)
+    monkeypatch.setattr(house_model, "fit", lambda *arguments: None)
+    model = SimpleNamespace(cfg=SMALL, context_encoder=None, target_encoder=None)
+    run = train.Run(SMALL, model, SimpleNamespace(tokenizer=None), "cpu", torch.float32)
+    for given, there in (("actions", True), ("none", False)):
+        _, found = house_model.train_frozen(run, dataclasses.replace(SMALL, given=given))
+        assert found.actions.any() == there
+
+
 def test_a_state_is_right_if_each_fact_is_the_nearest_of_its_subject():
     """One wrong slot makes a state wrong; an empty slot does not."""
     table = torch.eye(65)[:, None].repeat(1, world.N_WORDINGS, 1)
@@ -249,3 +277,19 @@ def test_the_gpt_understands_states_and_drops_what_is_none():
     assert gpt.understand(f" {said} Go to", 3) == frozenset(START.facts())
     assert gpt.understand("The ball is in the hall. The ball is in the attic.", 2) == frozenset()
     assert gpt.understand("The ball is in the.", 1) == frozenset()
+
+
+def test_the_gpt_writes_the_successors_of_a_state_once():
+    """A state that is met again has the same successors, and none of another's."""
+    gpt = GPTWorld.__new__(GPTWorld)
+    gpt.written, asked = {}, []
+
+    def write(states):
+        """Successors that name their state."""
+        asked.extend(states)
+        return [(facts, action) for facts in states for action in world.ACTIONS]
+    gpt.write = write
+    a, b = frozenset("a"), frozenset("b")
+    first = gpt.expand([(a, None), (b, None)])
+    assert gpt.expand([(b, None), (a, None)]) == first[16:] + first[:16]
+    assert asked == [a, b]
