@@ -193,7 +193,7 @@ class CrossAttention {
   }
 
   /** Slots (M, C) -> keys and values. */
-  memory(slots) {
+  project(slots) {
     const kv = linear(slots, this.kv), C = slots[0].length;
     return {keys: kv.map(row => row.subarray(0, C)), values: kv.map(row => row.subarray(C))};
   }
@@ -240,12 +240,13 @@ class Encoder {
     this.embed = weights[`${name}.embed.weight`];
     this.blocks = blocks(weights, name, cfg.n_layer, cfg.n_head);
     this.rope = rotary(cfg.block_size + 1, cfg.n_embd / cfg.n_head);
+    this.embed_scale = cfg.embed_scale;
   }
 
   /** tokens at positions (T,) -> latents (T, C): the mean of the last top_k layers, each normed. */
   forward(tokens, positions, top_k = 1, n_last = tokens.length) {
     const rope = positions.map(position => this.rope[position]);
-    let x = embed(this.embed, tokens);
+    let x = embed(this.embed, tokens).map(row => row.map(value => this.embed_scale * value));
     const layers = [x];
     this.blocks.forEach((block, i) => {
       x = block.forward(x, rope, i === this.blocks.length - 1 ? {n_last} : {});
@@ -305,7 +306,7 @@ class Decoder {
 
   /** Slots -> what the cross-attention of each block reads. */
   read(slots) {
-    return this.blocks.map(block => block.cross.memory(slots));
+    return this.blocks.map(block => block.cross.project(slots));
   }
 
   /** The newest token -> its state (C,). */
