@@ -116,6 +116,7 @@ def test_keyboard_alone_asks_moves_the_thought_fills_a_gap_and_goes_through_time
     page.press(" ")
     page.wait("document.querySelector('#words output')")
     tab_to("text")
+    page.type("We saw that the moss was [green] again.")
     page.press("Enter")
     page.wait("document.body.dataset.filled")
     assert page.run("$('energies').children.length") == 6
