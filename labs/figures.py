@@ -59,7 +59,7 @@ def write_block(name, body):
 SYSTEMS = {
     "default": ("default: latents and tokens", BLUE),
     "recipe=latent": ("latents alone", RED),
-    "default from random-init encoder": ("default, encoder untrained", ORANGE),
+    "default from random-init encoder": ("default without phase 1", ORANGE),
     "GPT": ("GPT of the encoder's size", PURPLE),
 }
 COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}

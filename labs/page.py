@@ -383,7 +383,7 @@ def make_page(out, beside=""):
         curves="".join(draw_curve(panel, [rows for _, rows in read]) for panel in CURVES),
         time_said=time_said(out, beside), wide="" if beside else "narrow",
         data=json.dumps(everything, separators=(",", ":")).replace("<", "\\u003c"), weights=packed)
-    return fill_template((HERE / "page.html").read_text("utf-8"), texts, pieces)
+    return fill_template((HERE / "page.html").read_text(encoding="utf-8"), texts, pieces)
 
 def time_said(out, beside):
     """The sentences above the slider, as HTML."""
@@ -410,7 +410,7 @@ def fill_template(template, texts, pieces):
         if kind == "code":
             return code_of(rest)
         if kind == "script":
-            return (HERE / rest).read_text("utf-8")
+            return (HERE / rest).read_text(encoding="utf-8")
         return pieces[kind]
     return re.sub(r"\{\{(.*?)\}\}", fill, template)
 

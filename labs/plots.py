@@ -259,12 +259,35 @@ def teaching(said, cost, rows):
     cost.set_xticks(range(3), ("DEC lost", "LAT lost", "invented subjects,\nnow answered"))
     cost.set(ylabel="share of questions")
 
+def text(common, similar, gaps, rows):
+    """Hidden words by energy and by tokens, among common words and similar ones; spoken gaps."""
+    colours = {"default": BLUE, "latents alone": RED, "masked LM": GREEN, "GPT": PURPLE}
+    arms = arms_of("text", 0)
+    for axis, ways in ((common, ("prior", "head")), (similar, ("similar_energy", "similar_head"))):
+        for place, way in enumerate(ways):
+            for number, arm in enumerate(arms):
+                found = over_seeds(rows, arm, f"word_{way}_hit5")
+                if found:
+                    axis.bar(place + (number - 1.5) * .2, found.mean, .18, color=colours[arm],
+                             yerr=found.deviation or 0, capsize=2,
+                             label=arm if axis is common and place else None)
+        way = "similar_unigram" if axis is similar else "unigram"
+        axis.axhline(over_seeds(rows, "default", f"word_{way}_hit5").mean, color=GREY,
+                     linestyle="--")
+    dots(gaps, rows, arms, "gap_f1", colours)
+    common.set_xticks((0, 1), ("energy + frequency", "tokens"))
+    common.set(title="among the 100 commonest", ylabel="hit@5, share of hidden words")
+    similar.set_xticks((0, 1), ("energy alone", "tokens"))
+    similar.set(title="among 100 of similar frequency")
+    gaps.set(title="spoken gaps, 1 to 3 tokens", xlabel="token F1", yticks=[])
+
 # lab -> how to draw it, the number of panels, the size in inches
 PLOTS = {"collapse": (collapse, 1, (8, 5.5)), "pretraining": (pretraining, 2, (9, 4.6)),
          "hierarchy": (hierarchy, 2, (9, 4.6)), "facts": (facts, 2, (10, 4.5)),
          "speaking": (speaking, 3, (13, 4.4)), "distillation": (distillation, 1, (10, 5)),
          "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6)),
-         "planning": (planning, 2, (9, 4.6)), "teaching": (teaching, 2, (9, 4.2))}
+         "planning": (planning, 2, (9, 4.6)), "teaching": (teaching, 2, (9, 4.2)),
+         "text": (text, 3, (11, 4.2))}
 
 def write_page(lab):
     """Write the plot and the tables of a page."""
