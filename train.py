@@ -152,7 +152,7 @@ RECIPES = dict(
     # v2.0: two phases with cross-entropy alone; the decoder reads the encoder's token latents
     v2=LATENT | dict(distill_steps=0, memory="tokens", alpha_start=0.0),
     # all that prevents a collapse is off
-    collapse=LATENT | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0),
+    collapse=LATENT | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0, loss="mse"),
 )
 # A folder holds one run. What shapes the model and its reading can't change in it; its text is
 # compared by content.
