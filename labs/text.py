@@ -69,7 +69,8 @@ def greedy_fill(run, rows=512):
     with torch.no_grad():
         p = run.model.predict(gaps.text, span_ids, n_removed=3)
         said = run.model.word_logits(p)[..., :pad].argmax(-1)           # (n, 3)
-    pairs = [(row[:k], words[:k]) for row, words, k in
+    # `split_spans` puts what is removed last: a row that loses fewer tokens begins with padding
+    pairs = [(row[-k:], words[:k]) for row, words, k in
              zip(said.tolist(), gaps.words.tolist(), n[:, 0].tolist())]
     return dict(gap_em=sum(a == b for a, b in pairs) / len(pairs),
                 gap_f1=sum(evaluate.token_f1(a, b) for a, b in pairs) / len(pairs))
