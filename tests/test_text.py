@@ -14,6 +14,7 @@ import sample
 import tjepa
 import train
 from labs.runs import open_run
+from labs.text import greedy_fill
 from tests.toy import FLAGS, as_argv, config, weights, write_corpus
 
 TINY = FLAGS | dict(n_embd=16, n_layer=1, top_k=1, pretrain_steps=4, speak_steps=8, eval_every=4)
@@ -355,6 +356,16 @@ def test_a_text_too_small_for_its_vocabulary_is_told_so(text, capsys):
 
 
 # -- sample.py -------------------------------------------------------------------------------------
+def test_a_filling_that_is_always_right_has_exact_match_1(run, monkeypatch):
+    """The control of labs.text: gaps of one, two and three tokens are read at the right places."""
+    def knows(p):
+        """Logits of a head that knows each removed token."""
+        ids = p.word_ids.clamp(min=0)
+        return torch.nn.functional.one_hot(ids, run.model.cfg.vocab_size).float()
+    monkeypatch.setattr(run.model, "word_logits", knows, raising=False)
+    assert greedy_fill(run, 64) == dict(gap_em=1.0, gap_f1=1.0)
+
+
 @pytest.fixture
 def ask(text, capsys):
     """ask(*flags) -> what is printed, without the first line, of the device."""
