@@ -202,21 +202,22 @@ def rows_in(block):
 
 
 def from_csv(name, arm, figure):
-    """Mean and deviation of a figure, read without any code of the labs."""
+    """Mean, deviation and seeds of a figure, read without any code of the labs."""
     with open(ROOT / "labs" / "results" / name, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if (row["arm"], row["figure"]) == (arm, figure)]
     measured = [float(row["value"]) for row in rows if row["seed"]]
     if measured:
-        return statistics.mean(measured), statistics.stdev(measured)
-    return float(rows[0]["value"]), float(rows[0]["deviation"])
+        return statistics.mean(measured), statistics.stdev(measured), len(measured)
+    return float(rows[0]["value"]), float(rows[0]["deviation"]), int(rows[0]["seeds"])
 
 
 def wrong_cells(rows):
     """Cells of the table of README.md that are not what facts.csv has."""
     expected = [["system, 3 seeds", *figures.COLUMNS]]
     for arm, (name, _) in figures.SYSTEMS.items():
-        pairs = [from_csv("facts.csv", arm, figure) for figure in figures.COLUMNS.values()]
-        expected.append([name, *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in pairs)])
+        found = [from_csv("facts.csv", arm, figure) for figure in figures.COLUMNS.values()]
+        expected.append([name, *(f"{mean:.3f} ± {spread:.3f}" + " (2 seeds)" * (seeds == 2)
+                                 for mean, spread, seeds in found)])
     assert len(rows) == len(expected)
     return [cell for row, right in zip(rows, expected) for cell, want in zip(row, right)
             if cell != want]
