@@ -209,12 +209,12 @@ let filling = 0;
 
 /** Energy of each answer in the gap; the list is drawn while they are computed. */
 async function fill(text) {
+  const mine = ++filling;                       // ends a list that is still growing
   const found = text.match(/^([^\][]*)\[([^\][]*)\]([^\][]*)$/);
   if (!found || !found[2].trim() || !(found[1] + found[3]).trim()) {
     $("rank").textContent = "Put one part of the text in brackets, as in [Paris].";
     return;
   }
-  const mine = ++filling;
   const [before, truth, after] = [found[1].trimStart(), found[2].trim(), found[3].trimEnd()];
   const left = before ? tokenizer.encode(" " + before.trimEnd()) : [];
   const right = after ? tokenizer.encode(after) : [];
@@ -234,7 +234,8 @@ async function fill(text) {
     rows.sort((a, b) => a.value - b.value);
     draw_bars($("energies"), rows.slice(0, 6), 3);
     const rank = 1 + rows.findIndex(row => row.mark);
-    $("rank").textContent = `${truth}: rank ${rank} of ${rows.length}, energy `
+    const so_far = rows.length < values.length ? " compared so far" : "";
+    $("rank").textContent = `${truth}: rank ${rank} of ${rows.length}${so_far}, energy `
       + rows[rank - 1].value.toFixed(3);
     await paint();
     if (mine !== filling) return;               // another text was given meanwhile
@@ -272,14 +273,22 @@ async function glide(run, frame) {
   }
 }
 
+let playing = false;
+
+/** Show one evaluation after the other, until the button is pressed again. */
 async function play() {
+  playing = !playing;
+  if (!playing) return;
   const slider = $("time"), from = +slider.value === +slider.max ? 0 : +slider.value;
-  for (let k = from; k < page.frames.length; k++) {
+  $("play").textContent = "Pause";
+  for (let k = from; playing && k < page.frames.length; k++) {
     slider.value = k;
     show_frame(k);
     await new Promise(done => setTimeout(done, 600));
-    if (+slider.value !== k) return;            // moved by hand
+    if (+slider.value !== k) break;             // moved by hand
   }
+  playing = false;
+  $("play").textContent = "Play";
 }
 
 // -- begin ----------------------------------------------------------------------------------------
