@@ -10,9 +10,11 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
                         answer. No answer token is produced.                  [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
                         learns to put it into words. Most rows are echoes: the decoder gets L_a
-                        itself, and must say the answer.                      [v1.1, section 3.2]
-    later    teach      Facts are added to a finished run: phases 2 and 3 in one, on all parts but
-                        the target encoder.
+                        itself, and must say the answer. So it learns to say answers whose questions
+                        it never gets.                                        [v1.1, section 3.2]
+    later    teach      Facts are added to a finished run: each step takes distill_loss, and
+                        speak_loss on detached thoughts. The target encoder and the scale of L_a
+                        stay as they are.
 
 A step of phase 1, as train.py takes it:
 
@@ -20,7 +22,7 @@ A step of phase 1, as train.py takes it:
     loss, stats = model.pretrain_loss(tokens, span_ids)         # steps 1 to 4 of the JEPA step
     loss.backward()
     optimizer.step()
-    model.ema_update()                              # step 5; not in phases that teach answers
+    model.ema_update()                              # step 5; not where answers are taught
 
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
@@ -55,14 +57,15 @@ class Config:
     target: str = "span"        # span: one mean latent per span, as in the paper | token
     top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
                                 # (then the embedding is one of them); paper: 1
-    embed_scale: float = 1.0    # factor of the embeddings; at 1 the blocks drown the tokens
+    embed_scale: float = 1.0    # factor of the embeddings: the higher, the more a token weighs
     target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
-    loss: str = "mse"           # distance to the target: mse | infonce (contrastive)
+    loss: str = "mse"           # distance to the target in phase 1: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
     mlm: float = 1.0            # weight of a masked-LM loss beside the latent one; paper: 0
     ema_half_life: float = 100  # steps until half of the target is new; 0: copy, inf: frozen
     stop_gradient: bool = True  # if off, the context encoder is the target, with gradient
-    teacher_width: int = 0      # width of the teacher's latents; 0 = the own target encoder teaches
+    teacher_width: int = 0      # width of another model's latents of answers, if it is the teacher;
+                                # 0: the target encoder teaches
     question_drop: float = 0.0  # share of question tokens dropped in phase 2, against rote wordings
     memory: str = "thought"     # what the decoder reads: thought | tokens (latents of the question)
     n_slots: int = 4            # memory slots of a thought; attention over 1 slot is a constant
@@ -177,7 +180,7 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))           # (B, T, 3, nh, hs)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))    # (2, B, nh, T, hs), (1, B, nh, T, hs)
-        # q and k are rotated by one call: a GPU waits for the number of calls, not for their size
+        # q and k are rotated by one call: a GPU pays for each call, not for its size
         q, k = rotate(qk, rope)                                         # (B, nh, T, hs) each
         v = v.squeeze(0)                                                # (B, nh, T, hs)
         if cache is not None:
@@ -222,8 +225,8 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        # A block adds values of std .5 to 1 to the residual stream. At std .02 the token itself is
-        # soon a small part of it: at the start it explains a fifth of the first layer's variance.
+        # A block adds values of std .5 to 1 to the residual stream, where an embedding has .02. The
+        # facts of data/facts are learned all the same; for running text 50 was far better.
         self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the
@@ -283,9 +286,9 @@ def sample_spans(tokens, word_start, cfg):
     Lengths are log-uniform between 1 and max_span tokens, rounded: with max_span=8 one token is
     drawn .2 of the time, two .25. A row of n tokens loses round(mask_ratio * n) of them, at least
     one, whatever is drawn. So all full rows lose equally many; in shorter ones `split_spans` fills
-    the gap with padding. (A row of one token loses it, and has no context.) Spans start uniformly
-    and extend to the right: the first tokens of a row are removed less often. Memory grows with
-    the square of T: a row of 1,024 tokens takes 2 MB meanwhile, and 254 spans are drawn.
+    the gap with padding. (A row of one token loses it, and its context is empty.) Spans start
+    uniformly and extend to the right: the first tokens of a row are removed less often. Memory
+    grows with the square of T: a row of 1,024 tokens takes 2 MB meanwhile, and 254 spans are drawn.
     """
     (B, T), S = tokens.shape, cfg.max_spans
     t = torch.arange(T, device=tokens.device)                           # (T,)
@@ -408,7 +411,7 @@ def masked_mean(x, mask, dim):
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 def latent_error(predicted, target, kind):
-    """Error of each predicted latent (..., C), (...,), as an energy counts it.
+    """Error of each predicted latent: (..., C) -> (...,). `TJEPA.energy` is its mean over spans.
 
     kind: mse, or infonce. InfoNCE trains directions alone, so its error is 1 - cosine.
     """
@@ -430,9 +433,9 @@ def latent_distance(predicted, target, mask, kind):
     return F.cross_entropy(logits, own.masked_fill(~mask, -100), ignore_index=-100)
 
 def r_squared(predicted, target, mask):
-    """1 - MSE / (MSE of always predicting the mean target), of (N, C), (N, C), mask (N,).
+    """1 - MSE / (MSE of always predicting the mean target): a figure for evaluation, no loss.
 
-    1 is perfect; 0 is no better than the mean; below 0 is worse.
+    predicted, target (N, C), mask (N,). 1 is perfect; 0 is no better than the mean; below 0 worse.
     """
     mask = mask[:, None]
     mean = masked_mean(target, mask, 0)                                 # (C,)
@@ -472,7 +475,7 @@ class SIGReg(nn.Module):
 # -- the decoder -----------------------------------------------------------------------------------
 
 class Thought(NamedTuple):
-    """What the decoder may read."""
+    """The thought of each question, and beside it what else a decoder could read."""
     latent: torch.Tensor        # (B, D) W L_p, the predicted latent of the answer; in an echo L_a
     context: torch.Tensor       # (B, T, C) the context latents of the question
     context_mask: torch.Tensor  # (B, T) False where a token is padding or was dropped
@@ -585,8 +588,8 @@ class Decoder(nn.Module):
         """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
         if self.slots is None:
             return thought.context, additive(thought.context_mask)
-        # MSE pulls an uncertain prediction towards the mean, 0. The norm removes its length: it is
-        # said all the same.
+        # MSE pulls an uncertain thought towards the mean of L_a, 0, which makes it short. The norm
+        # removes the length, so that an uncertain thought is said like a certain one.
         slots = self.slots(norm(thought.latent))
         return slots.unflatten(-1, (self.n_slots, -1)), None            # (B, M, C)
 
@@ -644,7 +647,7 @@ class TJEPA(nn.Module):
         self.decoder = Decoder(cfg)
         self.predictor = Predictor(cfg)
         # W maps predicted latents (C) to the width of the teacher's (D), v1.1 section 3.3. It is
-        # the identity where the own target encoder teaches: phase 2 then moves the predictor from
+        # the identity where the target encoder teaches: phase 2 then moves the predictor from
         # the scale of phase 1's targets to that of standardised answers.
         self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()
         self.apply(self.init_weights)
@@ -703,8 +706,8 @@ class TJEPA(nn.Module):
         removed = encoder(spans.tokens, spans.positions, spans.real,
                           top_k=cfg.top_k, n_last=n_removed)
         target = spans.mean(removed)
-        # A mean is shorter than what it is taken of, and a long span's the shortest: it would weigh
-        # less, and the encoder could lower the loss by shrinking all of them.
+        # The mean of unlike latents has a small norm, the smaller the longer the span. Without the
+        # layer norm long spans would weigh less, and shrinking all latents would lower the loss.
         return norm(target) if cfg.target_norm else target
 
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
@@ -735,7 +738,9 @@ class TJEPA(nn.Module):
         cfg = self.cfg
         p = self.predict(tokens, span_ids)
 
-        # 4. loss: distance between predicted and target latents, and what keeps latents apart
+        # 4. loss: distance between predicted and target latents. It is 0 if all latents are equal,
+        #    which is collapse: EMA and stop-gradient make that slow, SIGReg and the masked-LM loss
+        #    pull the latents apart
         loss = latent_distance(p.predicted.flatten(0, 1), p.target.flatten(0, 1),
                                p.span_mask.flatten(), cfg.loss)
         stats = dict(latent=loss)
@@ -749,7 +754,7 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, after each optimizer step."""
+        """target <- tau * target + (1 - tau) * context encoder, after each step of phase 1."""
         # 5. EMA
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         for target, context in zip(targets, contexts):
@@ -793,7 +798,7 @@ class TJEPA(nn.Module):
         """Fit the standardisation to the teacher's answer latents (n, D); returns L_a (n, D).
 
         The teacher gives an answer the mean latent of its tokens, read without the question: the
-        question would leak into it. By default the teacher is `concept`, the own target encoder.
+        question would leak into it. By default the teacher is `concept`, the target encoder.
 
         L_a is half way to white: a principal direction of variance v is divided by the fourth root
         of v, so that its variance becomes the root of v. Otherwise the few directions that separate
@@ -843,7 +848,7 @@ class TJEPA(nn.Module):
     def distill_loss(self, question, answer_latent):
         """Loss of phase 2 (v1.1 section 3.3): MSE(W L_p, L_a) -> (loss, stats).
 
-        question (B, T), answer_latent L_a (B, D).
+        question (B, T), answer_latent L_a (B, D). L_a is constant, so that nothing can collapse.
         """
         predicted = self.think(question, self.cfg.question_drop).latent.float()     # (B, D)
         loss = F.mse_loss(predicted, answer_latent)
@@ -855,9 +860,9 @@ class TJEPA(nn.Module):
     def think_gaps(self, tokens, span_ids, n_removed):
         """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
 
-        For a text without questions. Phase 3 then follows phase 1 and teaches the decoder to say
-        removed spans. W is not needed: predictions and targets are on one scale already, and
-        `fit_answer_scale` is given targets. n_removed: as in `predict`.
+        For a text without questions: phase 3 follows phase 1, and the decoder learns to say removed
+        spans. There is no W, because phase 1 has trained predictions to equal targets. Their scale
+        was fitted by `fit_answer_scale` to targets of spans. n_removed: as in `predict`.
         """
         p = self.predict(tokens, span_ids, n_removed, unit="span")
         # InfoNCE trains the direction of a prediction and leaves its length open.
@@ -865,7 +870,7 @@ class TJEPA(nn.Module):
         return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
-        """Latents (B, D) as inexact as predictions, which the decoder will have to read."""
+        """Latents (B, D) made inexact, so that an echo errs as a predicted thought does."""
         # A thought that errs leans towards another answer: mix in another row, and add noise.
         share = self.cfg.noise * torch.rand(len(latent), 1, device=latent.device)
         other = latent[torch.randperm(len(latent), device=latent.device)]
@@ -875,13 +880,13 @@ class TJEPA(nn.Module):
         """Loss of phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token.
 
         answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). alpha falls
-        from --alpha_start to 0 during the phase; v2.0 is alpha = 0. Thoughts can be computed once
-        and kept, because the encoder is frozen.
+        from --alpha_start to 0 during the phase; v2.0 is alpha = 0. What thinks is frozen in phase
+        3, so that train.py computes each thought once.
 
         A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself: the
-        decoder gets the latent of an answer, and must say it. Phase 2 teaches all taught facts.
-        Phase 3 leaves out the questions of some of them, which are taught in latent space only, and
-        echoes the answers of all. So the decoder can say every answer, and only the thought tells
+        decoder gets the latent of an answer, and must say it. Phase 2 asks about all facts that are
+        taught, phase 3 about some of them: the others are taught in latent space only. But the
+        answers of all are echoed. So the decoder can say every answer, and only the thought tells
         it which one. (With memory="tokens" an echo reads the answer's own tokens.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
@@ -959,7 +964,7 @@ def latent_health(z, mask):
     flat = z[mask]                                                      # (N, C)
     content = (z - masked_mean(z, mask[..., None], 0))[mask]
     pos = 1 - (content ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum().clamp(min=1e-12)
-    # 8,192 tokens are 20 times the widest preset, and the decomposition stays fast.
+    # 8,192 rows are 20 times the width of the widest preset, and the decomposition stays fast.
     content_centred = content[:8192] - content[:8192].mean(0)
     s = torch.linalg.svdvals(content_centred)
     p = s / s.sum().clamp(min=1e-12) + 1e-12
