@@ -51,12 +51,12 @@ def two_paths(x, read, latents):
 def one_path(x):
     """Phase 3 around x."""
     return [
-        words(x, 88, "Capital of Italy?", SMALL), line(x, 96, x, 115),
+        words(x, 88, "Capital of France?", SMALL), line(x, 96, x, 115),
         box(x, 135, "context encoder", FROZEN), line(x, 154, x, 175),
         box(x, 195, "predictor", FROZEN), line(x, 214, x, 243),
         latent(x, 260), words(x + 36, 265, "thought", START), line(x, 271, x, 287),
         words(x - 116, 312, "[BOS]"), line(x - 92, 307, x - 70, 307),
-        box(x, 307, "decoder", TRAINED), line(x, 326, x, 342), words(x, 362, "Rome", BOLD)]
+        box(x, 307, "decoder", TRAINED), line(x, 326, x, 342), words(x, 362, "Paris", BOLD)]
 
 def diagram():
     """The whole diagram, a string."""
@@ -68,13 +68,13 @@ def diagram():
     parts += [line(x, 14, x, 350, 'opacity=".4"') for x in (330, 660)]
     parts += two_paths(165, ("the cat … the mat", "the cat sat on the mat"),
                        ("predicted", "target"))
-    parts += two_paths(495, ("Capital of Italy?", "Rome"), ("thought L_p", "answer L_a"))
+    parts += two_paths(495, ("Capital of France?", "Paris"), ("thought L_p", "answer L_a"))
     parts += one_path(825)
     parts += [words(165, 325, "target encoder: moving average (EMA)"),
               words(165, 344, "of the context encoder"),
               words(495, 325, "no answer token is produced")]
     for x, colour, text in ((150, TRAINED, "trained in this phase"),
-                            (380, FROZEN, "frozen: no gradient")):
+                            (380, FROZEN, "no gradient")):
         parts += [f'<rect x="{x}" y="376" width="22" height="14" rx="3" fill="{colour}"/>\n',
                   words(x + 30, 388, text, START)]
     parts += [latent(612, 383), words(646, 388, "latent: a vector of 128 numbers", START)]
