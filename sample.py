@@ -33,7 +33,7 @@ import torch
 import data
 import evaluate
 import tjepa
-from data import Tokenizer, plain, printable
+from data import Tokenizer, printable
 from flags import plain_output, read_flags
 from train import (EVERY, Config, Run, build, content_of, load_checkpoint, pick_device,
                    write_safely)
@@ -122,7 +122,7 @@ def think(session, question, source):
 
     source: the flag that the question came from, for error messages.
     """
-    run, ids = session.run, session.tokenizer.encode(" " + plain(question))
+    run, ids = session.run, session.tokenizer.encode_question(question)
     if not question.strip():
         raise ValueError(f'{source} is empty: write a question, as in {source}="What is the '
                          'capital of France?"')

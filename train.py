@@ -78,7 +78,7 @@ class Config(tjepa.Config):
     qa_batch_size: int = 64     # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, to save memory
     pretrain_steps: int = 1400  # steps of phase 1; 0 = the control with a random encoder
-    distill_steps: int = 800    # steps of phase 2; 0 = the control that is taught nothing
+    distill_steps: int = 1400   # steps of phase 2; 0 = the control that is taught nothing
     speak_steps: int = 1000     # steps of phase 3
     teach_steps: int = 300      # steps of --phase=teach
     pretrain_lr: float = 1e-3   # peak learning rate of phase 1

@@ -123,11 +123,15 @@ def frequent_words(tokens, tokenizer, n):
 
 
 def pack(tokenizer, texts, limit, flag):
-    """Texts as token ids, int64 (n, longest), padded at the end.
+    """Texts as token ids, int64 (n, longest): see `pad`."""
+    return pad(tokenizer, tokenizer.encode_batch(texts), limit, flag)
+
+
+def pad(tokenizer, ids, limit, flag):
+    """n lists of token ids as one tensor, int64 (n, longest), padded at the end.
 
     ValueError names the text that has more than limit tokens, and the flag that sets the limit.
     """
-    ids = tokenizer.encode_batch(texts)
     longest = max(ids, key=len, default=[])
     if len(longest) > limit:
         text = tokenizer.decode(longest).strip()
@@ -138,12 +142,9 @@ def pack(tokenizer, texts, limit, flag):
 
 
 def pack_questions(tokenizer, questions, limit):
-    """Questions as `pack` does: (n, T).
-
-    Each is made `plain` first, and gets the leading blank that it has in running text.
-    """
-    texts = [" " + plain(question) for question in questions]
-    return pack(tokenizer, texts, limit, "--block_size")
+    """Questions as `pack` does, each written as `Tokenizer.encode_question` says: (n, T)."""
+    ids = [tokenizer.encode_question(question) for question in questions]
+    return pad(tokenizer, ids, limit, "--block_size")
 
 
 def pack_answers(tokenizer, answers, limit, flag):
@@ -170,14 +171,13 @@ def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
     """
     pairs = []
     for line, question, answer in read_pairs(path, flag):
-        checks = [(" " + plain(question), block_size, "--block_size"),
-                  (" " + answer, *room(block_size, answer_size))]
-        for text, limit, remedy in checks:
-            n = len(tokenizer.encode(text))
-            if n > limit:
+        checks = [(question, tokenizer.encode_question(question), block_size, "--block_size"),
+                  (answer, tokenizer.encode(" " + answer), *room(block_size, answer_size))]
+        for text, ids, limit, remedy in checks:
+            if len(ids) > limit:
                 raise ValueError(
-                    f"{flag}={printable(path, None)}, line {line}: '{printable(text.strip())}' has "
-                    f"{n} tokens, {limit} fit; shorten it or raise {remedy}")
+                    f"{flag}={printable(path, None)}, line {line}: '{printable(text)}' has "
+                    f"{len(ids)} tokens, {limit} fit; shorten it or raise {remedy}")
         pairs.append((question, answer))
     return pairs
 
@@ -197,8 +197,8 @@ def read_qa(path, tokenizer, block_size, answer_size):
         name = made_up(subject, rng.choice(subjects), rng)
         others = [QA("DEC", "typed", "qa", subject, as_typed(question, subject, rng), answer),
                   QA("NEVER", "made_up", "qa", name, question.replace(subject, name), "")]
-        rows += [row for row in others if len(tokenizer.encode(" " + plain(row.question)))
-                 <= block_size]
+        rows += [row for row in others
+                 if len(tokenizer.encode_question(row.question)) <= block_size]
     return rows
 
 
@@ -394,8 +394,7 @@ class Questions:
         their tokens (n, T): a batch ends with its longest row.
         """
         rows = [self.rows[i] for i in asked.tolist()]
-        m, encode = len(rows), self.tokenizer.encode
-        pad = self.tokenizer.pad
+        m, pad = len(rows), self.tokenizer.pad
         tokens = [[token for token in ids if token != pad] for ids in self.tokens[asked].tolist()]
 
         def draw():
@@ -417,7 +416,7 @@ class Questions:
                     question = as_typed(question, subject, rng)
                 ids = tokens[number]
                 if question != row.question:
-                    ids = encode(" " + plain(question))[:self.block_size]
+                    ids = self.tokenizer.encode_question(question)[:self.block_size]
                 batch.append(ids)
             longest = max(map(len, batch))
             batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in batch])

@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 import torch
 
-FORMAT = 3              # of a checkpoint; older files are refused
+FORMAT = 4              # of a checkpoint; older files are refused
 
 # how reading a hostile file may fail: each is what an unpickler or a zip archive raises
 HOSTILE = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,

@@ -16,6 +16,8 @@ import regex  # python's re has no \p{L}; this comes along with tiktoken, so it 
 import tiktoken
 from tqdm import tqdm
 
+from data.typed import plain
+
 # Text is cut into pieces first and no token ever spans two of them, so the vocabulary is not
 # spent on "the." and "the,":
 # english contractions | a word with its space | up to 3 digits | punctuation | newlines
@@ -195,6 +197,7 @@ class Tokenizer:
         self.word_start = [begins_word(token) for token in ranks] + [True] * 4
         self.is_word = [bool(WORD.fullmatch(token.decode(errors="replace"))) for token in ranks]
         self.is_word += [False] * 4
+        self.cases = {}         # what `usual_case` has answered
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
@@ -259,6 +262,24 @@ class Tokenizer:
             return self.encoding.encode_ordinary(text)
         pieces = split(text, self.pattern)
         return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
+
+    def encode_question(self, question: str) -> list[int]:
+        """Ids of a question, made `plain`, with the blank that it has in front in running text.
+
+        Each of its words is written in the case that takes the fewest tokens. The vocabulary was
+        made from a text, so this is the case in which the text has the word most often: france,
+        FRANCE and France are the same question.
+        """
+        text = regex.sub(r"[\p{L}\p{M}]+", lambda word: self.usual_case(word[0]), plain(question))
+        return self.encode(" " + text)
+
+    def usual_case(self, word: str) -> str:
+        """A word as it is, in lower case, or with one capital: what takes the fewest tokens."""
+        if word not in self.cases:
+            ids = {form: self.encode(" " + form) for form in (word, word.lower(), word.capitalize())}
+            # of as many tokens those that were merged first, from the more frequent pairs
+            self.cases[word] = min(ids, key=lambda form: (len(ids[form]), ids[form]))
+        return self.cases[word]
 
     def encode_parts(self, text: str, size: int = 2 ** 20):
         """Yield `encode` of a long text in parts of about `size` characters, with a bar.

@@ -2,7 +2,7 @@
 Questions as people type them: noise for training, and other noise for tests.
 
     trained     What is the capital of France?
-    as_typed    capital of frnace               what phase 2 may see instead
+    as_typed    please capital of frnace        what phase 2 may see instead
     TESTS       What is the capital of Frajce?  what the final evaluation asks, never trained on
 
 Their typos share no function. Training swaps, drops and doubles letters; the test presses a
@@ -30,27 +30,28 @@ BEHIND = (" please", " again", " exactly", " actually", " now", " then", " thoug
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 def plain(question):
-    """A question as it is encoded: straight quotes, single blanks, and ALL CAPS in lower case.
+    """A question as it is encoded: straight quotes, single blanks, no mark at its end.
 
-    Letters are composed (NFC), as in the files that are read.
+    Letters are composed (NFC), as in the files that are read. `Tokenizer.encode_question` chooses
+    between capital and small letters.
     """
     question = " ".join(unicodedata.normalize("NFC", question).translate(QUOTES).split())
-    return question.lower() if question.isupper() else question
+    return question.rstrip(" ?!.") or question
 
 # -- training --------------------------------------------------------------------------------------
 
 def as_typed(question, subject, rng):
-    """A question as someone may type it: clipped or with chat around it, no mark, no quotes, lower
-    case, with a typo.
+    """A question as someone may type it: clipped or with chat around it, no quotes, lower case,
+    with a typo.
 
-    subject: the part of the question that is never clipped. rng: a random.Random.
+    subject: the part of the question that is never clipped. rng: a random.Random. Capitals and a
+    mark at the end are no noise, since questions are encoded without them. But a misspelled name is
+    in lower case, too.
     """
     if rng.random() < 0.25:
         question = clipped(question, subject, rng)
     if rng.random() < 0.4:
         question = chatty(question, rng)
-    if rng.random() < 0.5:
-        question = question.rstrip("?.")
     if rng.random() < 0.5:
         question = requoted(question, rng)
     if rng.random() < 0.6:
@@ -83,8 +84,11 @@ def as_written(subject, question):
     return subject if subject in question else subject[:1].upper() + subject[1:]
 
 def requoted(question, rng):
-    """Without its quotation marks, or with double ones. An apostrophe inside a word stays."""
+    """Without its quotation marks, or with double ones; half of the time also without apostrophes.
+    """
     mark = rng.choice(("", "", '"'))
+    if rng.random() < 0.5:
+        question = re.sub(r"(?<=\w)'(?=\w)", "", question)
     return re.sub(r"(?<!\w)'(.*?)'(?!\w)", lambda match: mark + match[1] + mark, question)
 
 def misspelled(text, rng):

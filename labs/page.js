@@ -81,7 +81,7 @@ async function load() {
 
 /** Question -> tokens -> thought -> words. */
 async function ask(question) {
-  const ids = tokenizer.encode(" " + plain(question));
+  const ids = tokenizer.encode_question(question);
   if (ids.length > page.cfg.block_size || !plain(question)) {
     $("verdict").textContent = `Please ask with 1 to ${page.cfg.block_size} tokens.`;
     return;
@@ -124,7 +124,7 @@ async function answer() {
     let read = {...thought, latent};
     if ($("shuffled").checked) {
       const other = page.others[(asked.ids.length + order[0]) % page.others.length];
-      read = model.think(tokenizer.encode(" " + plain(other)));
+      read = model.think(tokenizer.encode_question(other));
       $("note").textContent = `The decoder reads the thought of another question: ${other}`;
     }
     const slots = model.decoder.memory_slots(read).slice(0, $("single").checked ? 1 : undefined);

@@ -11,12 +11,11 @@
 // Blanks as Python's str.split sees them.
 const BLANKS = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/u;
 
-/** A question as it is encoded: straight quotes, single blanks, and ALL CAPS in lower case. */
+/** A question as it is encoded: straight quotes, single blanks, no mark at its end. */
 function plain(question) {
   question = question.normalize("NFC").replace(/[\u2018\u2019]/g, "'");
   question = question.replace(/[\u201c\u201d]/g, '"').split(BLANKS).filter(Boolean).join(" ");
-  const isupper = /\p{Uppercase}/u.test(question) && !/[\p{Lowercase}\p{Lt}]/u.test(question);
-  return isupper ? question.toLowerCase() : question;
+  return question.replace(/[ ?!.]+$/, "") || question;
 }
 
 /** Byte-level BPE; a token is kept as a string of its bytes. */
@@ -31,6 +30,23 @@ class Tokenizer {
   encode(text) {
     const bytes = piece => String.fromCharCode(...new TextEncoder().encode(piece));
     return text.match(this.pattern).flatMap(piece => this.merge(bytes(piece)));
+  }
+
+  /** Ids of a question, each word in its usual case. */
+  encode_question(question) {
+    const usual = plain(question).replace(/[\p{L}\p{M}]+/gu, word => this.usual_case(word));
+    return this.encode(" " + usual);
+  }
+
+  /** A word as it is, in lower case, or with one capital: what takes the fewest tokens. */
+  usual_case(word) {
+    const [first, ...rest] = word.toLowerCase();
+    const forms = [word, word.toLowerCase(), first.toUpperCase() + rest.join("")];
+    const ids = forms.map(form => this.encode(" " + form));
+    // of as many tokens those that were merged first
+    const before = (a, b) => [a.length, ...a].find((id, i) => id !== [b.length, ...b][i]) <
+      [b.length, ...b].find((id, i) => id !== [a.length, ...a][i]);
+    return forms[range(3).reduce((best, i) => before(ids[i], ids[best]) ? i : best)];
   }
 
   /** Ids of one piece: the neighbours whose joined bytes have the lowest rank are joined first. */

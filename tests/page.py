@@ -27,7 +27,7 @@ GAPS = ("The capital of France is [Paris].", "[Paris] is the capital of France."
         "The currency of Japan is the [yen].")
 # asked in the page: tokens, words and distances of each question
 ASK = """questions => questions.map(question => {
-  const ids = tokenizer.encode(" " + plain(question)), thought = model.think(ids);
+  const ids = tokenizer.encode_question(question), thought = model.think(ids);
   const said = [...model.speak(model.decoder.memory_slots(thought))];
   return {ids, said: tokenizer.decode(said).trim(),
           far: concepts.map(concept => distance(concept, thought.latent))};

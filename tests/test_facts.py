@@ -284,17 +284,17 @@ def test_the_gpt_sees_the_typing_noise_of_phase_2_and_no_made_up_subject(
 
     def lesson(model, asked, answers):
         """In place of `controls.lesson`: keeps the questions."""
-        decode = corpus.tokenizer.decode
-        read.extend(decode([i for i in row if i < model.cfg.pad]).strip() for row in asked.tolist())
+        read.extend(tuple(i for i in row if i < model.cfg.pad) for row in asked.tolist())
         return controls_lesson(model, asked, answers)
     monkeypatch.setattr(controls, "lesson", lesson)
     cfg = train.Config(qa_batch_size=512, question_noise=noise, made_up=0.5)
     run = train.Run(cfg, gpt(corpus.tokenizer), corpus, "cpu", None, questions)
     torch.manual_seed(0)
     controls.answering(run, questions.where("DEC", phrasing="trained"))(0.0)
-    known = {data.plain(row.question) for row in questions.rows if row.phrasing == "trained"}
-    changed = sum(text not in known for text in read) / len(read)
-    assert len(read) == 512 and 0.8 * noise <= changed <= noise
+    encode = corpus.tokenizer.encode_question
+    known = {tuple(encode(row.question)) for row in questions.rows if row.phrasing == "trained"}
+    changed = sum(ids not in known for ids in read) / len(read)
+    assert len(read) == 512 and 0.6 * noise <= changed <= 0.85 * noise
 
 
 def test_a_gpt_learns_to_answer_and_its_vectors_can_teach(toy):

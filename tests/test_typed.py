@@ -28,6 +28,11 @@ def text_of(questions, tokens):
             for row in tokens.tolist()]
 
 
+def as_read(questions, question):
+    """A question as the encoder reads it, as text."""
+    return questions.tokenizer.decode(questions.tokenizer.encode_question(question)).strip()
+
+
 def drawn(questions, asked, seed=0, n=200, **shares):
     """One draw with a seed: which questions, and their texts."""
     torch.manual_seed(seed)
@@ -38,21 +43,31 @@ def drawn(questions, asked, seed=0, n=200, **shares):
 # -- the same question -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("asked, encoded", [
-    ("Who wrote \u2018Emma\u2019?", "Who wrote 'Emma'?"),
-    ("Who wrote \u201cEmma\u201d?", 'Who wrote "Emma"?'),
-    ("  What \t is\nit? ", "What is it?"),
-    ("WHO WROTE 'EMMA'?", "who wrote 'emma'?"),
-    ("Who wrote IT?", "Who wrote IT?"),
-    ("1984?", "1984?")])
-def test_quotes_blanks_and_capitals_make_no_other_question(asked, encoded):
+    ("Who wrote \u2018Emma\u2019?", "Who wrote 'Emma'"),
+    ("Who wrote \u201cEmma\u201d?", 'Who wrote "Emma"'),
+    ("  What \t is\nit? ", "What is it"),
+    ("Name it.", "Name it"),
+    ("What is it ?!", "What is it"),
+    ("1984?", "1984"),
+    ("?", "?")])
+def test_quotes_blanks_and_a_mark_at_the_end_make_no_other_question(asked, encoded):
     assert typed.plain(asked) == encoded
 
 
-def test_an_encoded_question_is_plain_and_begins_with_a_blank():
-    """As inside a text: the same words are the same tokens there."""
+@pytest.mark.parametrize("asked", [
+    "what is the capital of france?", "WHAT IS THE CAPITAL OF FRANCE", "What Is The Capital Of France",
+    " what is  the cAPITAL of francE\n"])
+def test_capitals_make_no_other_question(asked):
+    """Each word is encoded as the text has it: one token, and none for a name in small letters."""
     tokenizer = data.Tokenizer(data.train_bpe(f" {ASKED}" * 20, 300))
-    ids = data.pack_questions(tokenizer, [" What is  the capital of France?\n"], 64)[0]
-    assert tokenizer.decode(ids.tolist()) == f" {ASKED}"
+    ids = data.pack_questions(tokenizer, [asked], 64)[0].tolist()
+    assert ids == tokenizer.encode(" What is the capital of France")
+
+
+def test_a_word_that_the_text_never_had_keeps_its_letters():
+    tokenizer = data.Tokenizer(data.train_bpe(f" {ASKED}" * 20, 300))
+    text = tokenizer.decode(tokenizer.encode_question("the capital of Wakanda"))
+    assert text.lower() == " the capital of wakanda"
 
 
 # -- noise of phase 2 ------------------------------------------------------------------------------
@@ -73,11 +88,11 @@ def test_clipping_leaves_out_little_words_alone(corpus):
 
 
 def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
-    """Some of many are clipped, in lower case, without mark or quotes, or have a typo."""
+    """Some of many are clipped, in lower case, without quotes, or have a typo."""
     question, subject, seeds = "Can you tell me who wrote 'Emma'?", "Emma", range(3000)
     found = [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
     assert found == [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
-    assert {question, "can you tell me who wrote 'emma'", "who wrote 'Emma'?", "who wrote emma",
+    assert {question, "can you tell me who wrote 'emma'?", "who wrote 'Emma'?", "who wrote emma?",
             'Can you tell me who wrote "Emma"?'} <= set(found)
     letters = [len(re.sub(r"\W", "", text)) for text in found]
     assert min(letters) >= len("wroteEmma") - 1
@@ -109,10 +124,10 @@ def test_a_misspelling_swaps_drops_or_doubles_one_letter():
     assert typed.misspelled("3 ?", random.Random(0)) == "3 ?"
 
 
-def test_quotation_marks_go_and_apostrophes_stay():
-    found = {typed.requoted("Who is 'Emma's' author?", random.Random(seed)) for seed in range(20)}
-    assert found == {"Who is Emma's author?", "Who is \"Emma's\" author?"}
-    assert typed.requoted("What is France's capital?", random.Random(0)).count("'") == 1
+def test_quotation_marks_go_and_apostrophes_sometimes():
+    found = {typed.requoted("Who is 'Emma's' author?", random.Random(seed)) for seed in range(40)}
+    assert found == {f"Who is {mark}{name}{mark} author?"
+                     for mark in ("", '"') for name in ("Emma's", "Emmas")}
 
 
 def test_nonsense_has_no_subject_and_a_made_up_one_is_new(corpus):
@@ -231,9 +246,9 @@ def test_noise_keeps_the_number_of_the_question_and_has_its_share(questions):
     for share in (0.5, 1.0):
         which, texts = drawn(questions, asked, n=1000, noise=share)
         rows = [questions.rows[asked[i]] for i in which.tolist()]
-        changed = [text != typed.plain(row.question) for text, row in zip(texts, rows)]
-        # as_typed leaves .75 * .5^3 * .4 = .04 as they are, and those in lower case more
-        assert 0.85 * share < sum(changed) / len(changed) < 1.02 * share
+        changed = [text != as_read(questions, row.question) for text, row in zip(texts, rows)]
+        # capitals and quotation marks that a question does not have change nothing
+        assert 0.6 * share < sum(changed) / len(changed) < 0.85 * share
 
 
 def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions, monkeypatch):
@@ -246,7 +261,7 @@ def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions,
         return names[-1]
     monkeypatch.setattr(data, "made_up", made_up)
     rows = questions.rows
-    known = {typed.plain(row.question) for row in rows}
+    known = {as_read(questions, row.question) for row in rows}
     subjects = {row.subject.casefold() for row in rows}
     every = questions.where("DEC", "LAT", phrasing="trained")
     capital = [i for i in every.tolist() if rows[i].subject not in rows[i].question]
@@ -257,11 +272,12 @@ def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions,
         assert (which == len(asked)).all() and len(names) == 300
         assert not {name.casefold() for name in names} & subjects
         assert not set(texts) & known
-        inside = sum(typed.plain(name) in text for name, text in zip(names, texts))
+        inside = sum(name.casefold() in text.casefold() for name, text in zip(names, texts))
         assert 0.6 < inside / 300 < 0.8             # the others are nonsense
     # now each question began with its subject: nonsense has none left
     whole = [re.compile(rf"\b{re.escape(rows[i].subject)}\b", re.IGNORECASE) for i in capital]
-    nonsense = [text for text, name in zip(texts, names) if typed.plain(name) not in text]
+    nonsense = [text for text, name in zip(texts, names)
+                if name.casefold() not in text.casefold()]
     assert not [text for text in nonsense if any(subject.search(text) for subject in whole)]
     share = (drawn(questions, every, n=2000, unknown=0.1)[0] == len(every)).float().mean()
     assert 0.07 < share < 0.13
@@ -285,7 +301,7 @@ def test_a_pair_of_ones_own_has_a_typed_copy_and_a_made_up_one(tmp_path):
         assert row.subject not in answer_of
     longest = max(len(tokenizer.encode(" " + question)) for question, _ in PAIRS)
     rows = data.read_qa(tmp_path / "qa.tsv", tokenizer, longest, 8)
-    assert all(len(tokenizer.encode(" " + typed.plain(row.question))) <= longest for row in rows)
+    assert all(len(tokenizer.encode_question(row.question)) <= longest for row in rows)
 
 
 # -- what each phase may read ----------------------------------------------------------------------

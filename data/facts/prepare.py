@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 # so that it also runs as a plain script
 sys.path.insert(0, str(HERE.parents[1]))
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
-from data.typed import TESTS, as_typed, made_up, plain  # noqa: E402
+from data.typed import TESTS, as_typed, made_up  # noqa: E402
 
 # what the written files depend on, beside the flags: files of this folder, and code beside it
 SOURCES = ("facts.tsv", "templates.tsv", "invented.tsv", "natural.tsv", "nonsense.txt",
@@ -289,7 +289,7 @@ def render(folder, meta):
     tokens = [tokenizer.encode_batch([" " + sentence for sentence in said]) for said in sentences]
     # noise may make a question longer than a row: it cannot be asked then
     qa = [row for row in qa if row[1] in ("trained", "heldout")
-          or len(tokenizer.encode(" " + plain(row[4]))) <= block_size]
+          or len(tokenizer.encode_question(row[4])) <= block_size]
     subjects = {}
     for i, (subject, *_) in enumerate(world):
         subjects.setdefault(subject, []).append(i)
