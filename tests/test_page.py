@@ -15,6 +15,7 @@ import torch
 
 import report
 import train
+from labs import moments
 from labs import page as lab
 from tests import browser
 from tests.page import compare, energy_error, opened, type_and_enter
@@ -218,7 +219,7 @@ def test_texts_of_a_run_cannot_leave_their_place_in_the_page(world, tmp_path, mo
 
 
 def test_snapshots_say_where_concepts_and_thoughts_lie(world):
-    frames, _ = lab.read_frames(world.cfg.out)
+    frames, _ = moments.read_frames(world.cfg.out)
     assert [frame.phase for frame in frames] == 2 * ["pretrain"] + 3 * ["distill"] + 3 * ["speak"]
     last = frames[-1].snapshot
     assert last["concepts"].dtype == np.float16 and last["concepts"].shape == (len(THINGS), 32)
@@ -248,7 +249,7 @@ def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(world, tmp_path
     assert not (tmp_path / "run" / "snapshots" / "distill-50.npz").exists()
     monkeypatch.setattr(train, "save_checkpoint", save)
     train.run(dataclasses.replace(cfg, resume=True))
-    pairs = zip(*(lab.read_frames(out)[0] for out in (cfg.out, world.cfg.out)), strict=True)
+    pairs = zip(*(moments.read_frames(out)[0] for out in (cfg.out, world.cfg.out)), strict=True)
     assert all((one.snapshot[name] == two.snapshot[name]).all()
                for one, two in pairs for name in one.snapshot)
 
@@ -266,7 +267,7 @@ def test_a_run_without_snapshots_has_a_page_and_a_damaged_one_is_named(run, tmp_
     # a snapshot of an older run, which the log does not know, is not shown
     shutil.copytree(run / "snapshots", out / "snapshots")
     (out / "snapshots" / "distill-50.npz").rename(out / "snapshots" / "distill-7.npz")
-    frames, _ = lab.read_frames(out)
+    frames, _ = moments.read_frames(out)
     assert [frame.snapshot is None for frame in frames] == [
         (frame.phase, frame.step) == ("distill", 50) for frame in frames]
 
@@ -277,12 +278,12 @@ def test_a_collapse_is_smaller_on_the_map_than_a_healthy_cloud():
 
     def frame(latents):
         names = np.array([str(i) for i in range(30)])
-        return lab.Frame("pretrain", 0, {}, dict(concepts=latents, thoughts=latents[:5],
-                                                 answers=names))
+        snapshot = dict(concepts=latents, thoughts=latents[:5], answers=names)
+        return moments.Frame("pretrain", 0, {}, snapshot)
     turned = cloud @ np.linalg.qr(rng.normal(size=(8, 8)))[0]
-    first, last = lab.points_through_time([frame(turned), frame(cloud)])
+    first, last = moments.points_through_time([frame(turned), frame(cloud)])
     assert np.allclose(first[0], last[0])           # a turn of all latents is no movement
-    small, _ = lab.points_through_time([frame(0.01 * cloud), frame(cloud)])
+    small, _ = moments.points_through_time([frame(0.01 * cloud), frame(cloud)])
     assert np.allclose(small[0], 0.01 * last[0])
 
 
