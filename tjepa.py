@@ -22,7 +22,7 @@ A step of phase 1, as train.py takes it:
     loss, stats = model.pretrain_loss(tokens, span_ids)         # steps 1 to 4 of the JEPA step
     loss.backward()
     optimizer.step()
-    model.ema_update()                              # step 5; not where answers are taught
+    model.ema_update()                              # step 5; in phase 1 alone
 
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
@@ -226,7 +226,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         # A block adds values of std .5 to 1 to the residual stream, where an embedding has .02. The
-        # facts of data/facts are learned all the same; for running text 50 was far better.
+        # facts of data/facts are learned with factor 1, too; for running text 50 was far better.
         self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the
@@ -283,8 +283,8 @@ def sample_spans(tokens, word_start, cfg):
         widened    the |[c | at | sat]| on | the | m | at       half a word would reveal the rest
         returned    S    0   0     0     S    S    S   S
 
-    Lengths are log-uniform between 1 and max_span tokens, rounded: with max_span=8 one token is
-    drawn .2 of the time, two .25. A row of n tokens loses round(mask_ratio * n) of them, at least
+    Lengths are log-uniform between 1 and max_span tokens, rounded: with max_span=8 length 1 is
+    drawn in .2 of cases, 2 in .25. A row of n tokens loses round(mask_ratio * n) of them, at least
     one, whatever is drawn. So all full rows lose equally many; in shorter ones `split_spans` fills
     the gap with padding. (A row of one token loses it, and its context is empty.) Spans start
     uniformly and extend to the right: the first tokens of a row are removed less often. Memory
@@ -477,7 +477,7 @@ class SIGReg(nn.Module):
 class Thought(NamedTuple):
     """The thought of each question, and beside it what else a decoder could read."""
     latent: torch.Tensor        # (B, D) W L_p, the predicted latent of the answer; in an echo L_a
-    context: torch.Tensor       # (B, T, C) the context latents of the question
+    context: torch.Tensor       # (B, T, C) context latents of the question; in an echo, of the answer
     context_mask: torch.Tensor  # (B, T) False where a token is padding or was dropped
 
     def rows(self, index):
@@ -662,8 +662,8 @@ class TJEPA(nn.Module):
     def init_weights(self, module):
         """Variance-preserving matrices at any width: GPT-2's std of .02 makes narrow ones collapse.
 
-        An encoder's embedding has .02. The decoder's is the same tensor as token_head's matrix.
-        That is visited later, so the tensor gets the initialisation of a matrix.
+        An encoder's embedding has .02. The decoder's is tied to token_head, which is visited later,
+        so it gets the initialisation of a matrix.
         """
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -707,7 +707,7 @@ class TJEPA(nn.Module):
                           top_k=cfg.top_k, n_last=n_removed)
         target = spans.mean(removed)
         # The mean of unlike latents has a small norm, the smaller the longer the span. Without the
-        # layer norm long spans would weigh less, and shrinking all latents would lower the loss.
+        # layer norm long spans would weigh less, and latents that cancel would lower the loss.
         return norm(target) if cfg.target_norm else target
 
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
@@ -772,7 +772,7 @@ class TJEPA(nn.Module):
         return self.sigreg(self.sample_latents(p))
 
     def word_loss(self, p):
-        """Masked-LM loss: cross-entropy of the removed tokens, by the tied embedding."""
+        """Masked-LM loss: cross-entropy of removed tokens, by the context encoder's embedding."""
         return F.cross_entropy(self.word_logits(p).flatten(0, 1), p.word_ids.flatten())
 
     def word_logits(self, p):
@@ -860,9 +860,9 @@ class TJEPA(nn.Module):
     def think_gaps(self, tokens, span_ids, n_removed):
         """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
 
-        For a text without questions: phase 3 follows phase 1, and the decoder learns to say removed
-        spans. There is no W, because phase 1 has trained predictions to equal targets. Their scale
-        was fitted by `fit_answer_scale` to targets of spans. n_removed: as in `predict`.
+        For a text without questions: phase 2 is skipped, and in phase 3 the decoder learns to say
+        removed spans. There is no W, because phase 1 has trained predictions to equal targets. Both
+        are standardised; `fit_answer_scale` was given targets of spans. n_removed: as in `predict`.
         """
         p = self.predict(tokens, span_ids, n_removed, unit="span")
         # InfoNCE trains the direction of a prediction and leaves its length open.
@@ -870,7 +870,7 @@ class TJEPA(nn.Module):
         return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
-        """Latents (B, D) made inexact, so that an echo errs as a predicted thought does."""
+        """Latents (B, D) of all rows made inexact, so that echoes err as predicted thoughts do."""
         # A thought that errs leans towards another answer: mix in another row, and add noise.
         share = self.cfg.noise * torch.rand(len(latent), 1, device=latent.device)
         other = latent[torch.randperm(len(latent), device=latent.device)]
@@ -887,7 +887,7 @@ class TJEPA(nn.Module):
         decoder gets the latent of an answer, and must say it. Phase 2 asks about all facts that are
         taught, phase 3 about some of them: the others are taught in latent space only. But the
         answers of all are echoed. So the decoder can say every answer, and only the thought tells
-        it which one. (With memory="tokens" an echo reads the answer's own tokens.)
+        it which one. (With memory="tokens" an echo reads the context latents of the answer.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
         inputs = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)      # (B, A): BOS, then answer
@@ -952,10 +952,9 @@ def latent_health(z, mask):
 
     train.py gives it the target's latents of held-out text, at each evaluation.
 
-    pos          share of the variance that the position alone explains
-    std          standard deviation over all tokens, mean over dimensions  } after the mean of each
-    rank         RankMe: exp of the entropy of the normalised singular     } position is removed
-                 values of the centred latents                             }
+    pos          share of the variance that the position alone explains; std, rank are without it
+    std          standard deviation over all tokens, mean over dimensions
+    rank         RankMe: exp of the entropy of the normalised singular values of centred latents
     bound        the most that rank can be: min(N-1, C)
     cos          mean pairwise cosine; near 1 the latents form a narrow cone
     cos_centred  the same after the mean over all tokens is removed
