@@ -477,7 +477,7 @@ class SIGReg(nn.Module):
 class Thought(NamedTuple):
     """The thought of each question, and beside it what else a decoder could read."""
     latent: torch.Tensor        # (B, D) W L_p, the predicted latent of the answer; in an echo L_a
-    context: torch.Tensor       # (B, T, C) context latents of the question; in an echo, of the answer
+    context: torch.Tensor       # (B, T, C) context latents of the question, or of an echoed text
     context_mask: torch.Tensor  # (B, T) False where a token is padding or was dropped
 
     def rows(self, index):
@@ -707,7 +707,7 @@ class TJEPA(nn.Module):
                           top_k=cfg.top_k, n_last=n_removed)
         target = spans.mean(removed)
         # The mean of unlike latents has a small norm, the smaller the longer the span. Without the
-        # layer norm long spans would weigh less, and latents that cancel would lower the loss.
+        # layer norm long spans would weigh less, and latents that cancel out would lower the loss.
         return norm(target) if cfg.target_norm else target
 
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
