@@ -329,47 +329,36 @@ def recall(run, questions, table, cells=2 ** 24):
 
     r1 = by_split(questions, "r1", rank == 1)
     mrr = by_split(questions, "mrr", 1 / rank)
-    distance, nearest = nearest_concept(run, thoughts.latent)
-    return r1 | mrr | abstention(questions, distance, nearest == questions.answer_of)
+    return r1 | mrr | abstention(questions, concept_distance(run, thoughts.latent))
 
 def usual_phrasing(questions):
     """heldout, or trained where no wording is held out."""
     return "heldout" if len(questions.where("DEC", phrasing="heldout")) else "trained"
 
-def threshold_of(questions, distance, right):
+# share of the questions about made-up subjects that is answered "I don't know"
+REFUSED = 0.9
+
+def threshold_of(questions, distance):
     """How far a thought may lie from the nearest known concept before it is called unknown.
 
-    distance (n,): to the nearest concept; right (n,): is it the answer? The threshold tells best
-    (mean of both shares) questions about DEC facts that are thought rightly, in wordings that were
-    not trained and with the noise of phase 2, from questions about made-up subjects. Many do
-    nearly so: it is the middle of those within a hundredth of the best, which rounding moves less
-    than the best itself. Where no wording is held out, it keeps all that was taught, too; the
-    margin is for rounding: asked alone, or in bf16, a distance differs a little.
+    distance (n,): to the nearest concept. REFUSED of the questions about made-up subjects lie
+    beyond it; no test reads them. Where no wording is held out, it keeps all that was taught, too;
+    the margin is for rounding: asked alone, or in bf16, a distance differs a little.
     """
-    known = questions.where("DEC", phrasing=("heldout", "typed"))
-    known = distance[known[right[known]]].sort().values                         # (k,)
     unknown = distance[questions.where("NEVER", phrasing="made_up")]
-    best = 0.0
-    if len(known):
-        kept = torch.arange(1, len(known) + 1, device=known.device) / len(known)
-        refused = (unknown[:, None] > known).float().mean(0).nan_to_num(0)      # (k,)
-        told_apart = (kept + refused) / 2
-        good = known[told_apart >= told_apart.max() - 0.01]
-        best = (good.min() + good.max()).item() / 2
+    threshold = unknown.quantile(1 - REFUSED).item() if len(unknown) else 0.0
     if usual_phrasing(questions) == "heldout":
-        return best
+        return threshold
     taught = questions.where("DEC", "NEW", phrasing="trained")
-    return max(best, 1.05 * distance[taught].amax().item())
+    return max(threshold, 1.05 * distance[taught].amax().item())
 
-def nearest_concept(run, latent, size=4096):
-    """Distance of each thought (n, D) to the nearest concept, (n,), and the concept's number."""
-    parts = [torch.cdist(rows, run.concepts).min(1) for rows in latent.split(size)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+def concept_distance(run, latent, size=4096):
+    """Distance of each thought (n, D) to the nearest concept, (n,)."""
+    parts = [torch.cdist(rows, run.concepts).amin(1) for rows in latent.split(size)]
+    return torch.cat(parts)
 
-def abstention(questions, distance, right):
+def abstention(questions, distance):
     """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
-
-    right: bool (n,), is that concept the answer?
 
     threshold           see `threshold_of`
     abstain             share of NEVER questions beyond it, in held-out wordings if there are any
@@ -378,7 +367,7 @@ def abstention(questions, distance, right):
     auroc               chance that a NEVER question lies farther away than a DEC question of the
                         same wording
     """
-    figures = {"threshold": threshold_of(questions, distance, right)}
+    figures = {"threshold": threshold_of(questions, distance)}
     beyond = (distance > figures["threshold"]).float()
     usual = usual_phrasing(questions)
     wordings = {"abstain": usual, "abstain_typing": TYPING, "abstain_nonsense": "nonsense"}
@@ -427,8 +416,8 @@ def exact_match(run, questions, thoughts):
     spoken = questions.where(*SPLITS)
     right = torch.zeros(len(questions.rows), dtype=torch.bool, device=run.device)
     right[spoken] = says_its_answer(spoken, thoughts.rows(spoken))
-    distance, nearest = nearest_concept(run, thoughts.latent)
-    known = distance <= threshold_of(questions, distance, nearest == questions.answer_of)
+    distance = concept_distance(run, thoughts.latent)
+    known = distance <= threshold_of(questions, distance)
     figures = by_split(questions, "em", right) | by_split(questions, "sure", right & known)
 
     control = questions.where("DEC", "LAT", phrasing=usual_phrasing(questions))

@@ -86,7 +86,7 @@ def questions_of(run, rows):
 def answered(run, questions, threshold):
     """What is said (strings) and which thoughts are within the threshold, bool (n,)."""
     thoughts = evaluate.think_all(run, questions.tokens)
-    distance, _ = evaluate.nearest_concept(run, thoughts.latent)
+    distance = evaluate.concept_distance(run, thoughts.latent)
     return evaluate.say(run, thoughts), distance <= threshold
 
 def share_said(run, facts, threshold):

@@ -108,7 +108,7 @@ def thought_of(run, question):
     """The answer whose concept is nearest to the thought of a question."""
     tokens = data.pack_questions(run.corpus.tokenizer, [question], run.cfg.block_size)
     thought = train.evaluate.think_all(run, tokens)
-    _, nearest = train.evaluate.nearest_concept(run, thought.latent)
+    nearest = torch.cdist(thought.latent, run.concepts).argmin(1)
     return run.questions.answers[nearest]
 
 

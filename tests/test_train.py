@@ -606,25 +606,21 @@ def test_a_question_that_was_taught_is_never_unknown_by_rounding():
     def where(*splits, phrasing):
         return torch.arange(3 if "DEC" in splits and phrasing == "trained" else 0)
     distance = torch.tensor([1.0, 3.0, 2.0])
-    found = evaluate.abstention(SimpleNamespace(where=where), distance, distance > 0)
+    found = evaluate.abstention(SimpleNamespace(where=where), distance)
     assert 3.0 * 1.01 < found["threshold"] < 3.0 * 1.1
 
 
-def test_the_threshold_tells_what_is_thought_rightly_from_made_up_subjects():
-    """By held-out wordings and their copies with noise; the final evaluation has no say in it."""
-    rows = [("DEC", "heldout", 1.0), ("DEC", "typed", 2.0), ("DEC", "heldout", 3.0),
-            ("DEC", "typed", 4.5), ("NEVER", "made_up", 4.0), ("NEVER", "made_up", 5.0),
-            ("NEVER", "made_up", 6.0)]
-    others = [("DEC", "heldout", 3.5), ("LAT", "heldout", 3.6), ("DEC", "trained", 3.7),
+def test_the_threshold_refuses_nine_of_ten_made_up_subjects():
+    """The final evaluation has no say in it."""
+    made_up = [("NEVER", "made_up", 10.0 + i) for i in range(11)]
+    others = [("DEC", "heldout", 3.5), ("LAT", "heldout", 30.0), ("DEC", "trained", 40.0),
               ("DEC", "natural", 3.8), ("NEVER", "heldout", 3.1), ("NEVER", "nonsense", 0.1)]
-    for kept in (rows, rows + others):
+    for kept in (made_up + others[:1], others + made_up[::-1]):
         found = data.Questions.__new__(data.Questions)
         found.rows = [data.QA(split, phrasing, "r", "s", "q", "a") for split, phrasing, _ in kept]
         found.tokens = torch.zeros(len(kept), 1)
         distance = torch.tensor([row[2] for row in kept])
-        right = torch.tensor([row != ("DEC", "heldout", 3.5) for row in kept])
-        # 3: all but one known are kept, all unknown refused; 4.5 keeps one and refuses one less
-        assert evaluate.threshold_of(found, distance, right) == 3.0
+        assert evaluate.threshold_of(found, distance) == pytest.approx(11.0)
 
 
 def test_help_lists_every_flag_with_its_reason(capsys):
