@@ -185,8 +185,8 @@ def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
 def read_qa(path, tokenizer, block_size, answer_size):
     """A student's own pairs as a list of QA. All are taught; the file's relation is 'qa'.
 
-    Each question is there twice more, with the noise of phase 2 (typed) and about a made-up
-    subject: they set the threshold. Errors as in `read_fitting`.
+    Each question is there twice more: with the noise of phase 2 (typed), and about a made-up
+    subject, which sets the threshold. Errors as in `read_fitting`.
     """
     pairs = read_fitting(path, tokenizer, block_size, answer_size)
     subjects = subjects_of([question for question, _ in pairs])

@@ -284,7 +284,7 @@ def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions,
 
 
 def test_a_pair_of_ones_own_has_a_typed_copy_and_a_made_up_one(tmp_path):
-    """They are asked to set the threshold; the pair alone is taught."""
+    """They are asked and never taught."""
     write_corpus(tmp_path)
     tokenizer = data.Tokenizer(data.train_bpe((tmp_path / "text.txt").read_text(), 396))
     rows = data.read_qa(tmp_path / "qa.tsv", tokenizer, 32, 8)

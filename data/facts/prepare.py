@@ -97,7 +97,7 @@ def questions(facts, templates):
     trained    the wordings of phases 2 and 3
     heldout    wordings that are never trained on
     typed      these with the noise of phase 2, once each
-    made_up    these about made-up subjects; with typed ones they set the threshold
+    made_up    these about made-up subjects; they set the threshold
     natural    as people write, natural.tsv; for the final evaluation alone, like the rest
     lower, no_mark, typo     the held-out wordings with the noise of the test
     nonsense   lines of nonsense.txt
