@@ -10,9 +10,9 @@ in the three phases of train.py. Then all of it is frozen. A patch encoder and a
 
     picture, question  ->  the latents that the text side gives to the sentences of the answer
 
-and the frozen decoder says them. A caption has one latent for each of its three sentences (the last
-may be "That is all."), as a state of the planning lab has: one latent for a whole caption would
-have to hold some 27 bits that a small decoder must unbind.
+and the frozen decoder says them. A caption has one latent for each place of the picture, a sentence
+or "Nothing more.", as a state of the planning lab has one for each fact: one latent for a whole
+caption would have to hold some 27 bits that a small decoder must unbind.
 
     labs/seeing_model.py    words, the text side, eyes, training
     labs/streams.py         frames that change at random times: when is decoding needed?
@@ -23,7 +23,8 @@ not its direction among rivals. Combinations never seen: .80, less where text ne
 Flags, taught by pictures alone, are named; shuffled pictures are at chance. Text keeps its answers,
 by construction. A fine-tuned decoder says pictures better and loses text. A random text encoder is
 nearly as good: its latents tell texts apart. The captioner on tokens ties on what was seen. Decoding
-on change needs about a third of the decodes of uniform decoding.
+on change needs less than a third of the decodes that reach the quality of uniform decoding of every
+second frame, at each rate of change; where a scene changes every fifth frame it may be more.
 """
 import dataclasses
 import random
@@ -38,6 +39,7 @@ from labs import seeing_model as eyes
 from labs.arms import Flags, chosen, in_short, main, run_arms
 from labs.measures import logistic_probe
 from labs.runs import Arm
+from labs.streams import stream_figures
 
 @dataclasses.dataclass
 class Config(Arm):
@@ -46,11 +48,12 @@ class Config(Arm):
     decoder: str = "frozen"     # frozen | tuned: learns words too | fresh: learns words alone
     distance: str = "mse"       # to the latents of the answer: mse | infonce
     eye_sigreg: float = 0.0     # weight of SIGReg on the patch latents
-    eye_layer: int = 2          # blocks of the patch encoder
+    eye_layer: int = 3          # blocks of the patch encoder
     picture_steps: int = 2500
     picture_lr: float = 2e-3
     documents: int = 8000       # of the text
     asked: int = 500            # pictures of a figure
+    streams: int = 0            # of 64 frames at each rate of change; 0: not measured
     task_seed: int = 2000       # of pictures that figures are measured on; 1000: to choose settings
 
     def __post_init__(self):
@@ -69,8 +72,8 @@ BASE = Config(
     pretrain_steps=400, pretrain_lr=2e-3, distill_steps=300, distill_lr=1e-3,
     speak_steps=1200, speak_lr=2e-3, noise=0.3, eval_every=10 ** 9)
 ARMS = {
+    "MSE": dict(streams=12),
     "MSE + SIGReg": dict(eye_sigreg=0.1),
-    "MSE": {},
     "InfoNCE": dict(distance="infonce"),
     "decoder fine-tuned": dict(decoder="tuned"),
     "captioner on tokens": dict(decoder="fresh"),
@@ -205,5 +208,41 @@ def measure(cfg):
     found = spoken_figures(speaker)
     after = text_figure(run, words, cfg, every)
     found |= dict(text=before, text_lost=before - after) | hop_figures(speaker) | probes(speaker)
-    found |= dict(retrieval=retrieval(speaker), seconds=seconds)
+    found |= dict(retrieval=retrieval(speaker), seconds=seconds, text_seconds=text_seconds)
+    if cfg.streams:
+        found |= stream_figures(speaker, cfg.streams) | costs(speaker)
     return found
+
+def costs(speaker, n=30):
+    """CPU milliseconds, one picture at a time: a thought, and the sentences of a caption."""
+    batch = speaker.examples("caption")
+    found = dict(ms_think=0.0, ms_speak=0.0)
+    for i in range(n):
+        begun = time.process_time()
+        thoughts = speaker.think(eyes.Batch(*(part[i:i + 1] for part in batch)))
+        between = time.process_time()
+        eyes.speak(speaker.run, thoughts[0])
+        found["ms_think"] += (between - begun) / n * 1000
+        found["ms_speak"] += (time.process_time() - between) / n * 1000
+    return found
+
+# -- the whole -------------------------------------------------------------------------------------
+
+def arms_of(base):
+    """The arms, name -> Config."""
+    return {name: dataclasses.replace(base, **change) for name, change in ARMS.items()}
+
+def seeing(flags):
+    """Run the arms; `python -m labs.plots seeing` draws the page."""
+    if flags.fast:
+        print("labs.seeing --fast: a minute on one core; its figures mean nothing")
+        arms = {name: dataclasses.replace(in_short(cfg), picture_steps=2, documents=200, asked=10,
+                                          streams=min(1, cfg.streams))
+                for name, cfg in arms_of(BASE).items()}
+        run_arms("seeing", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
+        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
+        return
+    run_arms("seeing", arms_of(BASE), flags, measure)
+
+if __name__ == "__main__":
+    main(seeing, Flags)

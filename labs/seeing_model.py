@@ -7,8 +7,8 @@ The models of the seeing lab: a text side that learns to speak, and eyes before 
     train_seer      pictures are learned with everything of the text side frozen
     speak           the text side's decoder puts latents into words
 
-cfg is a `labs.seeing.Config`. Shapes: B pictures, P = 16 patches, T tokens of a question, S = 3
-slots (sentences of a caption; an answer has slot 0), N sayable texts, W wordings, C width.
+cfg is a `labs.seeing.Config`. Shapes: B pictures, P = 9 patches, T tokens of a question, S = 9
+slots (a caption has one for each place, an answer has slot 0), N sayable texts, W wordings, C width.
 """
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ from data.scenes import prepare as world
 from labs.measures import features
 from labs.runs import fit, model_of, open_run, plain
 
-PATCH = 8                               # pixels of a side
+PATCH = 16                              # pixels of a side: as large as a cell of the grid of places
 N_PATCHES = (world.SIZE // PATCH) ** 2
-S = world.N_SLOTS
+S = len(world.PLACES)
 
 # -- text ------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def sayable():
     """All that a decoder is to say, text -> its wordings: sentences of captions, and answers."""
     found = {world.say(thing): [world.say(thing, wording) for wording in range(world.HELD_OUT)]
              for thing in world.EVERY}
-    answers = [world.LAST, *(world.name(thing) for thing in world.EVERY), *world.COLOURS,
+    answers = [world.EMPTY, *(world.name(thing) for thing in world.EVERY), *world.COLOURS,
                *(f"a {shape}" for shape in world.SHAPES), *world.PLACES, *world.SIZES,
                *world.COUNTS, *world.COUNTRIES, *(answer for _, _, answer in world.facts())]
     return found | {answer: [answer] for answer in answers}
@@ -202,12 +202,12 @@ def examples(words, n, random_, rng, what, kind="seen", wordings=range(world.HEL
                     [random_.choice(wordings) for _ in range(n)])
 
 def lesson(words, n):
-    """A training batch of n pictures: captions, questions and flags, 4 : 3 : 1."""
+    """A training batch of n pictures: captions, questions and flags, 2 : 4 : 2."""
     seed = torch.randint(2 ** 62, ()).item()
     random_, rng = random.Random(seed), np.random.default_rng(seed)
     parts = [examples(words, share, random_, rng, what)
-             for what, share in (("caption", n // 2), ("question", n - n // 2 - n // 8),
-                                 ("flag", n // 8))]
+             for what, share in (("caption", n // 4), ("question", n - 2 * (n // 4)),
+                                 ("flag", n // 4))]
     return Batch(*(torch.cat(one) for one in zip(*parts)))
 
 # -- eyes ------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ class PatchEncoder(nn.Module):
 
     def forward(self, pictures):
         """pictures (B, SIZE, SIZE, 3) -> latents of the patches (B, P, C)."""
-        patches = pictures.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, 4, 4, 3, 8, 8)
-        patches = patches.flatten(3).flatten(1, 2)                          # (B, P, 192)
+        patches = pictures.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, 3, 3, 3, 16, 16)
+        patches = patches.flatten(3).flatten(1, 2)                          # (B, P, 768)
         # brightness of about .2 and its deviation of about .25 become 0 and 1
         x = self.patch_proj((patches - 0.2) / 0.25) + self.place_embed
         for block in self.blocks:
@@ -316,7 +316,9 @@ def picture_loss(seer, jepa, words, cfg, batch):
     if cfg.distance == "infonce":
         loss = infonce(predicted, number, words.latents)
     else:
-        loss = F.mse_loss(predicted, target)
+        # seven places in ten are empty: together they weigh as much as two objects
+        weight = torch.where(number == words.number[world.EMPTY], 0.25, 1.0)
+        loss = (weight * (predicted - target).square().mean(-1)).sum() / weight.sum()
     stats = dict(latent=loss.detach())
     if cfg.eye_sigreg:
         flat = patches.flatten(0, 1)

@@ -6,7 +6,7 @@ Scenes in pictures and in text: coloured shapes in places, and flags; drawn by n
 A scene has one to three objects: a size, a colour, a shape and a place each. Its caption is one
 sentence for each object, in reading order, and a last one; a question has one answer:
 
-    A large red circle at the top left. A small blue square in the middle. That is all.
+    A large red circle at the top left. A small blue square in the middle. Nothing more.
     What is right of the red circle? a blue square
 
 A flag belongs to a country. Text tells the capital and the continent of each country, but never
@@ -27,7 +27,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 OUT = HERE / "input.txt"
-SIZE = 32                   # pixels of a side
+SIZE = 48                   # pixels of a side
 SIZES = "small large".split()
 COLOURS = dict(red=(.9, .1, .1), green=(.1, .75, .15), blue=(.15, .25, .95), yellow=(.95, .9, .1),
                purple=(.65, .15, .8), white=(.95, .95, .95))
@@ -37,8 +37,8 @@ PLACES = ("at the top left", "at the top", "at the top right", "on the left", "i
           "on the right", "at the bottom left", "at the bottom", "at the bottom right")
 COUNTS = "one two three".split()
 PAIRS = {("red", "cross"), ("blue", "ring"), ("yellow", "triangle")}
-LAST = "That is all."
-N_SLOTS = 3                 # the most objects of a scene
+EMPTY = "Nothing more."     # ends each caption, and is said of a place where nothing is
+MOST = 3                    # objects of a scene
 
 # The last wording of each is held out. {p} is the place, {P} the same with a capital letter.
 CAPTIONS = ("A {s} {c} {h} {p}.", "There is a {s} {c} {h} {p}.", "{P} there is a {s} {c} {h}.",
@@ -127,7 +127,7 @@ def draw_scene(random_, kind="seen", among=BY_KIND["seen"]):
 
     No two objects have the same place, or both the same colour and the same shape.
     """
-    n = random_.randint(1, N_SLOTS)
+    n = random_.randint(1, MOST)
     scene = [random_.choice(BY_KIND[kind])]
     while len(scene) < n:
         thing = random_.choice(among)
@@ -141,7 +141,7 @@ def change(random_, scene):
     """A scene after a random change: an object comes, goes, or becomes another one."""
     while True:
         kept = list(scene)
-        if len(kept) == N_SLOTS or random_.random() < 0.6:
+        if len(kept) == MOST or random_.random() < 0.6:
             kept.pop(random_.randrange(len(kept)))
         if len(kept) < len(scene) and kept and random_.random() < 0.3:
             return tuple(kept)
@@ -177,8 +177,9 @@ def say(thing, wording=0):
 
 
 def caption(scene):
-    """The sentences of a scene in the first wording, N_SLOTS of them: LAST where no object is."""
-    return [*map(say, scene), *[LAST] * (N_SLOTS - len(scene))]
+    """What is said of each place in the first wording: a sentence, or EMPTY; a list of 9."""
+    said = {thing.place: say(thing) for thing in scene}
+    return [said.get(place, EMPTY) for place in range(len(PLACES))]
 
 
 def name(thing):
@@ -244,7 +245,7 @@ def documents(n, seed=0):
         sentences = [say(thing, random_.randrange(HELD_OUT)) for thing in scene]
         kind, words, answer = draw_question(random_, scene)
         asked = ask(kind, words, random_.randrange(HELD_OUT))
-        found.append(" ".join([*sentences, LAST, asked, answer]))
+        found.append(" ".join([*sentences, EMPTY, asked, answer]))
         if i % 4 == 0:
             known = random_.sample(facts(), 3)
             said = [fill(random_.choice(FACTS[relation][0]), s=country, a=answer)
@@ -259,15 +260,15 @@ def documents(n, seed=0):
 
 class Look(NamedTuple):
     """What a caption does not tell: where in its cell an object is, how large exactly, the light."""
-    shift: np.ndarray           # (n, N_SLOTS, 2) pixels
-    scale: np.ndarray           # (n, N_SLOTS)
+    shift: np.ndarray           # (n, MOST, 2) pixels
+    scale: np.ndarray           # (n, MOST)
     ground: np.ndarray          # (n,) grey level of the background
     light: np.ndarray           # (n,) brightness
 
 
 def draw_look(n, rng):
     """A random `Look` of n pictures; rng: a numpy Generator."""
-    return Look(rng.uniform(-1, 1, (n, N_SLOTS, 2)), rng.uniform(.92, 1.08, (n, N_SLOTS)),
+    return Look(rng.uniform(-1.5, 1.5, (n, MOST, 2)), rng.uniform(.92, 1.08, (n, MOST)),
                 rng.uniform(.05, .3, n), rng.uniform(.75, 1.1, n))
 
 
@@ -277,8 +278,8 @@ def steady_look(n, rng, rate=0.1):
     light = draw_look(n, rng)
     # the number of the newest change of the light, (n,)
     newest = np.maximum.accumulate(np.where(rng.random(n) < rate, np.arange(n), 0))
-    tremble = one.shift + rng.uniform(-.2, .2, (n, N_SLOTS, 2))
-    return Look(tremble.clip(-1, 1), one.scale.repeat(n, 0), light.ground[newest],
+    tremble = one.shift + rng.uniform(-.3, .3, (n, MOST, 2))
+    return Look(tremble.clip(-1.5, 1.5), one.scale.repeat(n, 0), light.ground[newest],
                 light.light[newest])
 
 
@@ -304,8 +305,8 @@ def paint(picture, ink, edge):
 
 def finished(picture, look, rng):
     """Light and noise: float32 (n, SIZE, SIZE, 3)."""
-    picture = picture * look.light[:, None, None, None]
-    return (picture + rng.normal(0, .03, picture.shape)).astype(np.float32)
+    noise = rng.standard_normal(picture.shape, dtype=np.float32)
+    return (picture * look.light[:, None, None, None] + .03 * noise).astype(np.float32)
 
 
 def render(scenes, rng, look=None):
@@ -315,7 +316,7 @@ def render(scenes, rng, look=None):
     pixels = np.arange(SIZE) + .5
     for shape in SHAPES:
         # all objects of one shape at once: no two of a picture overlap by more than an edge
-        for slot in range(N_SLOTS):
+        for slot in range(MOST):
             rows = [i for i, scene in enumerate(scenes)
                     if slot < len(scene) and scene[slot].shape == shape]
             if not rows:
@@ -323,7 +324,7 @@ def render(scenes, rng, look=None):
             things = [scenes[i][slot] for i in rows]
             cells = np.array([divmod(thing.place, 3)[::-1] for thing in things])    # (m, 2)
             centre = (cells + .5) * SIZE / 3 + look.shift[rows, slot]
-            radius = np.array([dict(small=2.7, large=4.6)[thing.size] for thing in things])
+            radius = np.array([dict(small=3.8, large=6.6)[thing.size] for thing in things])
             radius = (radius * look.scale[rows, slot])[:, None, None]
             x = pixels - centre[:, :1, None]                                # (m, 1, SIZE)
             y = (pixels - centre[:, 1:])[:, :, None]                        # (m, SIZE, 1)
@@ -357,8 +358,8 @@ def render_flags(countries, rng):
     look = draw_look(n, rng)
     picture = np.ones((n, SIZE, SIZE, 3)) * look.ground[:, None, None, None]
     for i, country in enumerate(countries):
-        left, top = rng.uniform(0, 4, 2)
-        width, height = rng.uniform(25, 28, 2)
+        left, top = rng.uniform(0, 6, 2)
+        width, height = rng.uniform(37, 42, 2)
         x = (np.arange(SIZE) + .5 - left)[None] / width                     # (1, SIZE)
         y = (np.arange(SIZE) + .5 - top)[:, None] / height                  # (SIZE, 1)
         x, y = np.broadcast_arrays(x, y)
