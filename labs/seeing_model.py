@@ -1,14 +1,14 @@
 """
 The models of the seeing lab: a text side that learns to speak, and eyes before it.
 
-    Words           all that can be said, with latents; all questions, as a frozen encoder reads them
+    Words           all that can be said, with latents, and all that can be asked
     open_text       the text side: phases 1, 2 and 3 of train.py on the text of data/scenes
     Seer            a patch encoder, and a predictor: picture and question -> latents of the answer
     train_seer      pictures are learned with everything of the text side frozen
     speak           the text side's decoder puts latents into words
 
 cfg is a `labs.seeing.Config`. Shapes: B pictures, P = 9 patches, T tokens of a question, S = 9
-slots (a caption has one for each place, an answer has slot 0), N sayable texts, W wordings, C width.
+slots (a caption has one for each place, an answer slot 0), N sayable texts, W wordings, C width.
 """
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ class Words(NamedTuple):
 
 @torch.no_grad()
 def words_of(model, tokenizer, cfg):
-    """`Words` of the frozen target encoder. Phase 3 and `fit_answer_scale` see named texts alone."""
+    """`Words` of the frozen target encoder; latents are standardised over the named texts."""
     wordings = sayable()
     texts = list(wordings)
     flat = [" " + text for text in texts for text in wordings[text]]
@@ -221,7 +221,7 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.patch_proj = nn.Linear(PATCH * PATCH * 3, cfg.n_embd)
+        self.patch_proj = nn.Linear(PATCH * PATCH * 4, cfg.n_embd)
         self.place_embed = nn.Parameter(torch.randn(N_PATCHES, cfg.n_embd) * 0.5)
         blocks = (tjepa.Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.eye_layer))
         self.blocks = nn.ModuleList(blocks)
@@ -229,8 +229,10 @@ class PatchEncoder(nn.Module):
 
     def forward(self, pictures):
         """pictures (B, SIZE, SIZE, 3) -> latents of the patches (B, P, C)."""
-        patches = pictures.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, 3, 3, 3, 16, 16)
-        patches = patches.flatten(3).flatten(1, 2)                          # (B, P, 768)
+        # The largest of the three colours is a fourth channel: the outline, whatever its colour.
+        pictures = torch.cat((pictures, pictures.amax(-1, keepdim=True)), dim=-1)
+        patches = pictures.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, 3, 3, 4, 16, 16)
+        patches = patches.flatten(3).flatten(1, 2)                          # (B, P, 1024)
         # brightness of about .2 and its deviation of about .25 become 0 and 1
         x = self.patch_proj((patches - 0.2) / 0.25) + self.place_embed
         for block in self.blocks:
@@ -255,13 +257,13 @@ class EyePredictor(nn.Module):
     def forward(self, patches, question, asked):
         """patches (B, P, C), question (B, T, C) with mask (B, T) -> predicted latents (B, S, C)."""
         B, P, _ = patches.shape
-        question = self.question_proj(question) + self.token_embed
+        question = self.question_proj(question) + self.token_embed[:question.size(1)]
         slots = self.slot_embed.expand(B, -1, -1)
         x = torch.cat((self.patch_proj(patches), question, slots), dim=1)
         mask = tjepa.additive(F.pad(F.pad(asked, (P, 0), value=True), (0, S), value=True))
         for block in self.blocks[:-1]:
             x = block(x, self.rope, mask)
-        x = self.blocks[-1](x, self.rope, mask, n_last=S)                   # only the slots are read
+        x = self.blocks[-1](x, self.rope, mask, n_last=S)                   # only slots are read
         return self.latent_proj(self.norm(x))
 
 class Seer(nn.Module):
@@ -294,8 +296,10 @@ class Seer(nn.Module):
     def think(self, words, batch, patches=None):
         """Predicted latents of the answers of a `Batch`, (B, S, C)."""
         patches = self.see(batch.pictures) if patches is None else patches
-        question = words.questions[batch.question, batch.wording]
-        return self.predictor(patches, question, words.asked[batch.question, batch.wording])
+        asked = words.asked[batch.question, batch.wording]              # (B, T)
+        longest = int(asked.sum(1).max())
+        question = words.questions[batch.question, batch.wording, :longest]
+        return self.predictor(patches, question, asked[:, :longest])
 
 def infonce(predicted, number, latents):
     """InfoNCE among the different answers of a batch: predicted (n, C), number (n,) of texts.
@@ -307,25 +311,27 @@ def infonce(predicted, number, latents):
     return F.cross_entropy(similarity / 0.1, own)
 
 def picture_loss(seer, jepa, words, cfg, batch):
-    """Loss of a `Batch` -> (loss, stats): distance of latents, and words where the decoder learns."""
+    """Loss of a `Batch` -> (loss, stats): latents, and words where the decoder learns."""
     patches = seer.see(batch.pictures)
     predicted = seer.think(words, batch, patches)
     used = batch.answer >= 0                                            # (B, S)
     predicted, number = predicted[used], batch.answer[used]             # (n, C), (n,)
     target = words.latents[number]
-    if cfg.distance == "infonce":
-        loss = infonce(predicted, number, words.latents)
-    else:
-        # seven places in ten are empty: together they weigh as much as two objects
-        weight = torch.where(number == words.number[world.EMPTY], 0.25, 1.0)
-        loss = (weight * (predicted - target).square().mean(-1)).sum() / weight.sum()
+    # seven places in ten are empty: together they weigh as much as two objects
+    weight = torch.where(number == words.number[world.EMPTY], 0.25, 1.0)
+    loss = 0.0
+    if "mse" in cfg.distance:
+        loss = loss + (weight * (predicted - target).square().mean(-1)).sum() / weight.sum()
+    if "infonce" in cfg.distance:
+        loss = loss + infonce(predicted, number, words.latents)
     stats = dict(latent=loss.detach())
     if cfg.eye_sigreg:
         flat = patches.flatten(0, 1)
         some = F.embedding(torch.randint(len(flat), (512,)), flat)
         loss = loss + cfg.eye_sigreg * jepa.sigreg(some)
     if cfg.decoder != "frozen":
-        token, _ = jepa.speak_loss(tjepa.thought_of(predicted), words.ids[number], target, alpha=0.0)
+        thought = tjepa.thought_of(predicted)
+        token, _ = jepa.speak_loss(thought, words.ids[number], target, alpha=0.0)
         # the captioner learns from tokens alone
         loss = token if cfg.decoder == "fresh" else loss + token
     return loss, stats

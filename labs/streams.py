@@ -1,14 +1,14 @@
 """
-Selective decoding [VL-JEPA]: thoughts of a stream are cheap, words are not. When is decoding needed?
+Selective decoding [VL-JEPA]: thoughts are cheap, words are not. When is decoding needed?
 
     watch       streams of frames in which the scene changes at random times, and their thoughts
     moments     uniform, random and oracle; a windowed variance above a threshold, of thoughts or of
                 pixels; segments by clustering
     figures     exact match of the caption at every frame, against the number of decodes
 
-Between two decodes the last caption stays. Clustering looks at the whole stream: it decodes the mean
-thought of each segment. The light changes too, at random times, and objects tremble: no caption
-tells that.
+Between two decodes the last caption stays. Clustering looks at the whole stream, and decodes the
+mean thought of each segment. The light changes too, at random times, and objects tremble: no
+caption tells that.
 
 Shapes: n streams of T frames, S slots, C width; a moment is the number of a frame.
 """

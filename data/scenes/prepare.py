@@ -48,14 +48,14 @@ QUESTIONS = dict(
              "Tell me what you see.", "Describe what is in the picture."),
     what=("What is {p}?", "What do you see {p}?", "Tell me what is {p}.", "Name what is {p}.",
           "Tell me what you see {p}."),
-    colour=("What colour is the {h}?", "Which colour has the {h}?", "Tell me the colour of the {h}.",
-            "Name the colour of the {h}.", "What is the colour of the {h}?"),
+    colour=("What colour is the {h}?", "Which colour has the {h}?",
+            "Tell me the colour of the {h}.", "Name the colour of the {h}.", "What is the colour of the {h}?"),
     shape=("What shape is {c}?", "Which shape is {c}?", "Tell me the shape that is {c}.",
            "Name the shape that is {c}.", "What is the shape that is {c}?"),
-    place=("Where is the {c} {h}?", "Where do you see the {c} {h}?", "Tell me where the {c} {h} is.",
-           "In what place is the {c} {h}?", "Tell me in what place the {c} {h} is."),
-    size=("How large is the {c} {h}?", "What size is the {c} {h}?", "Tell me the size of the {c} {h}.",
-          "Is the {c} {h} small or large?", "What is the size of the {c} {h}?"),
+    place=("Where is the {c} {h}?", "Where do you see the {c} {h}?",
+           "Tell me where the {c} {h} is.", "In what place is the {c} {h}?", "Tell me in what place the {c} {h} is."),
+    size=("How large is the {c} {h}?", "What size is the {c} {h}?",
+          "Tell me the size of the {c} {h}.", "Is the {c} {h} small or large?", "What is the size of the {c} {h}?"),
     count=("How many shapes are there?", "How many shapes do you see?", "Count the shapes.",
            "Tell me how many shapes there are.", "What is the number of shapes that you see?"),
     relation=("What is {r} the {c} {h}?", "What do you see {r} the {c} {h}?",
@@ -80,8 +80,8 @@ FACTS = dict(
 N_WORDINGS = len(CAPTIONS)
 HELD_OUT = N_WORDINGS - 1
 
-# Three letters are three bands of equal size: v from the left, h from the top. x: a cross whose arms
-# meet left of the middle; o: a disc; the first colour is that of the ground.
+# Letters are bands of equal size: v from the left, h from the top. x: a cross whose arms meet left of
+# the middle; o: a disc; there the first colour is that of the ground.
 FLAGS = {
     "France": "v bwr", "Italy": "v gwr", "Ireland": "v gwo", "Belgium": "v kyr",
     "Romania": "v byr", "Nigeria": "v gwg", "Peru": "v rwr", "Mali": "v gyr", "Guinea": "v ryg",
@@ -92,8 +92,8 @@ FLAGS = {
     "Colombia": "h yybr", "Sweden": "x by", "Finland": "x wb", "Denmark": "x rw",
     "Japan": "o wr", "Bangladesh": "o gr", "Palau": "o by",
 }
-INKS = dict(r=(.85, .1, .15), g=(.05, .6, .25), b=(.1, .25, .8), w=(.95, .95, .95), k=(.05, .05, .05),
-            y=(.95, .85, .1), o=(.95, .5, .1))
+INKS = dict(r=(.85, .1, .15), g=(.05, .6, .25), b=(.1, .25, .8), w=(.95, .95, .95),
+            k=(.05, .05, .05), y=(.95, .85, .1), o=(.95, .5, .1))
 COUNTRIES = list(FLAGS)
 
 
@@ -259,7 +259,7 @@ def documents(n, seed=0):
 # -- pictures --------------------------------------------------------------------------------------
 
 class Look(NamedTuple):
-    """What a caption does not tell: where in its cell an object is, how large exactly, the light."""
+    """What a caption does not tell: where in its cell an object is, its exact size, the light."""
     shift: np.ndarray           # (n, MOST, 2) pixels
     scale: np.ndarray           # (n, MOST)
     ground: np.ndarray          # (n,) grey level of the background
@@ -298,7 +298,7 @@ def distance(shape, x, y, r):
 
 
 def paint(picture, ink, edge):
-    """Paint colours (n, 3) where signed distances (n, SIZE, SIZE) are below 0, with smooth edges."""
+    """Paint colours (n, 3) where distances (n, SIZE, SIZE) are below 0, with smooth edges."""
     cover = (.5 - edge).clip(0, 1)[..., None]
     picture += cover * (ink[:, None, None] - picture)
 
