@@ -49,13 +49,16 @@ QUESTIONS = dict(
     what=("What is {p}?", "What do you see {p}?", "Tell me what is {p}.", "Name what is {p}.",
           "Tell me what you see {p}."),
     colour=("What colour is the {h}?", "Which colour has the {h}?",
-            "Tell me the colour of the {h}.", "Name the colour of the {h}.", "What is the colour of the {h}?"),
+            "Tell me the colour of the {h}.", "Name the colour of the {h}.",
+            "What is the colour of the {h}?"),
     shape=("What shape is {c}?", "Which shape is {c}?", "Tell me the shape that is {c}.",
            "Name the shape that is {c}.", "What is the shape that is {c}?"),
     place=("Where is the {c} {h}?", "Where do you see the {c} {h}?",
-           "Tell me where the {c} {h} is.", "In what place is the {c} {h}?", "Tell me in what place the {c} {h} is."),
+           "Tell me where the {c} {h} is.", "In what place is the {c} {h}?",
+           "Tell me in what place the {c} {h} is."),
     size=("How large is the {c} {h}?", "What size is the {c} {h}?",
-          "Tell me the size of the {c} {h}.", "Is the {c} {h} small or large?", "What is the size of the {c} {h}?"),
+          "Tell me the size of the {c} {h}.", "Is the {c} {h} small or large?",
+          "What is the size of the {c} {h}?"),
     count=("How many shapes are there?", "How many shapes do you see?", "Count the shapes.",
            "Tell me how many shapes there are.", "What is the number of shapes that you see?"),
     relation=("What is {r} the {c} {h}?", "What do you see {r} the {c} {h}?",
@@ -80,8 +83,8 @@ FACTS = dict(
 N_WORDINGS = len(CAPTIONS)
 HELD_OUT = N_WORDINGS - 1
 
-# Letters are bands of equal size: v from the left, h from the top. x: a cross whose arms meet left of
-# the middle; o: a disc; there the first colour is that of the ground.
+# Letters are bands of equal size: v from the left, h from the top. x: a cross whose arms meet left
+# of the middle; o: a disc; there the first colour is that of the ground.
 FLAGS = {
     "France": "v bwr", "Italy": "v gwr", "Ireland": "v gwo", "Belgium": "v kyr",
     "Romania": "v byr", "Nigeria": "v gwg", "Peru": "v rwr", "Mali": "v gyr", "Guinea": "v ryg",
