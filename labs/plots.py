@@ -283,14 +283,14 @@ def text(common, similar, gaps, rows):
 
 def seeing(said, taught, decodes, rows):
     """Exact match by arm, flags with and without their pictures, and captions of streams."""
-    colours = {"MSE": BLUE, "InfoNCE": GREEN, "captioner on tokens": PURPLE,
+    colours = {"MSE + InfoNCE": BLUE, "InfoNCE": GREEN, "captioner on tokens": PURPLE,
                "shuffled pictures": RED, "random-init patch encoder": ORANGE}
     arms = arms_of("seeing", 0)
     dots(said, rows, arms, "caption", colours)
     dots(taught, rows, arms, "caption_new", colours)
     for way, colour in (("oracle", GREEN), ("variance", BLUE), ("clustering", PURPLE),
                         ("pixels", ORANGE), ("uniform", RED), ("random", None)):
-        points = {k: over_seeds(rows, "MSE", f"stream_0.1_{way}_{k}") for k in (4, 8, 16, 32)}
+        points = {k: over_seeds(rows, "MSE + InfoNCE", f"stream_0.1_{way}_{k}") for k in (4, 8, 16, 32)}
         curve(decodes, points, way, colour)
     log_axis(decodes, (4, 8, 16, 32))
     said.set(title="captions, seen combinations", xlabel="exact match, share of pictures")

@@ -139,7 +139,7 @@ def quality_of_segments(run, watched, begins):
         shown.append([said for a, b in zip(some, ends) for said in (next(captions),) * (b - a)])
     return sum(map(len, begins)) / len(begins), share_right(watched, shown)
 
-def sweep(watched, run, way, n=24):
+def sweep(watched, run, way, n=16):
     """(decodes, exact match) of a way for n thresholds, by the number of decodes."""
     frames = watched.pictures.flatten(2) if way == "pixels" else watched.thoughts
     steps = (frames[:, 1:] - frames[:, :-1]).square().mean(-1).clamp(min=1e-8)
@@ -153,7 +153,7 @@ def sweep(watched, run, way, n=24):
             points.append(quality(watched, [by_variance(some, threshold) for some in frames]))
     return sorted(points)
 
-def stream_figures(speaker, n=12):
+def stream_figures(speaker, n):
     """Exact match at equal numbers of decodes, and the ratio of decodes at equal quality."""
     found = {}
     for rate in RATES:

@@ -271,7 +271,7 @@ class Look(NamedTuple):
 
 def draw_look(n, rng):
     """A random `Look` of n pictures; rng: a numpy Generator."""
-    return Look(rng.uniform(-1.5, 1.5, (n, MOST, 2)), rng.uniform(.92, 1.08, (n, MOST)),
+    return Look(rng.uniform(-1, 1, (n, MOST, 2)), rng.uniform(.92, 1.08, (n, MOST)),
                 rng.uniform(.05, .3, n), rng.uniform(.75, 1.1, n))
 
 
@@ -282,7 +282,7 @@ def steady_look(n, rng, rate=0.1):
     # the number of the newest change of the light, (n,)
     newest = np.maximum.accumulate(np.where(rng.random(n) < rate, np.arange(n), 0))
     tremble = one.shift + rng.uniform(-.3, .3, (n, MOST, 2))
-    return Look(tremble.clip(-1.5, 1.5), one.scale.repeat(n, 0), light.ground[newest],
+    return Look(tremble.clip(-1, 1), one.scale.repeat(n, 0), light.ground[newest],
                 light.light[newest])
 
 
