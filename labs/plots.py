@@ -290,7 +290,8 @@ def seeing(said, taught, decodes, rows):
     dots(taught, rows, arms, "caption_new", colours)
     for way, colour in (("oracle", GREEN), ("variance", BLUE), ("clustering", PURPLE),
                         ("pixels", ORANGE), ("uniform", RED), ("random", None)):
-        points = {k: over_seeds(rows, "MSE + InfoNCE", f"stream_0.1_{way}_{k}") for k in (4, 8, 16, 32)}
+        points = {k: over_seeds(rows, "MSE + InfoNCE", f"stream_0.1_{way}_{k}")
+                  for k in (4, 8, 16, 32)}
         curve(decodes, points, way, colour)
     log_axis(decodes, (4, 8, 16, 32))
     said.set(title="captions, seen combinations", xlabel="exact match, share of pictures")
