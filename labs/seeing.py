@@ -23,9 +23,9 @@ its direction among rivals; the sum of both, which all controls use, is as good 
 Combinations never seen: .80, less where text never names them. Flags, taught by pictures alone, are
 named; shuffled pictures are at chance. Text keeps its answers, by construction. A decoder that is
 tuned says pictures better and loses text. A random text encoder is nearly as good: its latents tell
-texts apart. The captioner on tokens ties on what was seen. To decode on change needs less than a third of
-the decodes with which uniform decoding, at every second frame, is as good, at each rate of change;
-where a scene changes every fifth frame it may be more.
+texts apart. The captioner on tokens ties on what was seen. To decode on
+change needs less than a third of the decodes with which uniform decoding, at every second frame, is
+as good, at each rate of change; where a scene changes every fifth frame it may be more.
 """
 import dataclasses
 import random
