@@ -285,7 +285,7 @@ def seeing(said, taught, decodes, rows):
     """Exact match by arm, flags with and without their pictures, and captions of streams."""
     colours = {"MSE + InfoNCE": BLUE, "InfoNCE": GREEN, "captioner on tokens": PURPLE,
                "shuffled pictures": RED, "random-init patch encoder": ORANGE}
-    arms = arms_of("seeing", 0)
+    arms = [arm for arm in arms_of("seeing", 0) if over_seeds(rows, arm, "caption")]
     dots(said, rows, arms, "caption", colours)
     dots(taught, rows, arms, "caption_new", colours)
     for way, colour in (("oracle", GREEN), ("variance", BLUE), ("clustering", PURPLE),
