@@ -281,13 +281,33 @@ def text(common, similar, gaps, rows):
     similar.set(title="among 100 of similar frequency")
     gaps.set(title="spoken gaps, 1 to 3 tokens", xlabel="token F1", yticks=[])
 
+def seeing(said, taught, decodes, rows):
+    """Exact match by arm, flags with and without their pictures, and captions of streams."""
+    colours = {"MSE + InfoNCE": BLUE, "InfoNCE": GREEN, "captioner on tokens": PURPLE,
+               "shuffled pictures": RED, "random-init patch encoder": ORANGE}
+    arms = [arm for arm in arms_of("seeing", 0) if over_seeds(rows, arm, "caption")]
+    dots(said, rows, arms, "caption", colours)
+    dots(taught, rows, arms, "caption_new", colours)
+    for way, colour in (("oracle", GREEN), ("variance", BLUE), ("clustering", PURPLE),
+                        ("pixels", ORANGE), ("uniform", RED), ("random", None)):
+        points = {k: over_seeds(rows, "MSE + InfoNCE", f"stream_0.1_{way}_{k}")
+                  for k in (4, 8, 16, 32)}
+        curve(decodes, points, way, colour)
+    log_axis(decodes, (4, 8, 16, 32))
+    said.set(title="captions, seen combinations", xlabel="exact match, share of pictures")
+    taught.set(title="combinations never seen", xlabel="exact match", yticklabels=[])
+    for axis in (said, taught):
+        axis.set(xlim=(-.03, 1.03))
+    decodes.set(title="streams, a change every 10th frame", xlabel="decodes in 64 frames",
+                ylabel="caption right, share of frames", ylim=(0, 1.03))
+
 # lab -> how to draw it, the number of panels, the size in inches
 PLOTS = {"collapse": (collapse, 1, (8, 5.5)), "pretraining": (pretraining, 2, (9, 4.6)),
          "hierarchy": (hierarchy, 2, (9, 4.6)), "facts": (facts, 2, (10, 4.5)),
          "speaking": (speaking, 3, (13, 4.4)), "distillation": (distillation, 1, (10, 5)),
          "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6)),
          "planning": (planning, 2, (9, 4.6)), "teaching": (teaching, 2, (9, 4.2)),
-         "text": (text, 3, (11, 4.2))}
+         "text": (text, 3, (11, 4.2)), "seeing": (seeing, 3, (12, 4.4))}
 
 def write_page(lab):
     """Write the plot and the tables of a page."""

@@ -1,0 +1,251 @@
+"""
+Does one decoder speak about pictures that it has learned to speak about from text alone?
+
+    python -m labs.seeing             10 arms a seed, three to six minutes of a core each
+    python -m labs.seeing --fast      a minute on one core: does it run?
+
+VL-JEPA's method [Chen et al. 2025, https://arxiv.org/abs/2512.10942] at the size of a lesson. The
+text side reads sentences about coloured shapes and facts about countries (data/scenes/prepare.py),
+in the three phases of train.py. Then all of it is frozen. A patch encoder and a predictor learn
+
+    picture, question  ->  the latents that the text side gives to the sentences of the answer
+
+and the frozen decoder says them. A caption has one latent for each place of the picture, a sentence
+or "Nothing more.", as a state of the planning lab has one for each fact: one latent for a whole
+caption would have to hold some 27 bits that a small decoder must unbind.
+
+    labs/seeing_model.py    words, the text side, eyes, training
+    labs/streams.py         frames that change at random times: when is decoding needed?
+
+Expected before the first run: pictures of seen combinations are captioned and asked about with .95
+exact match. MSE ties with InfoNCE or is ahead, because the decoder wants the latent itself and not
+its direction among rivals; the sum of both, which all controls use, is as good as the better one.
+Combinations never seen: .80, less where text never names them. Flags, taught by pictures alone, are
+named; shuffled pictures are at chance. Text keeps its answers, by construction. A decoder that is
+tuned says pictures better and loses text. A random text encoder is nearly as good: its latents tell
+texts apart. The captioner on tokens ties on what was seen. To decode on
+change needs less than a third of the decodes with which uniform decoding, at every second frame, is
+as good, at each rate of change; where a scene changes every fifth frame it may be more.
+"""
+import dataclasses
+import random
+import time
+
+import numpy as np
+import torch
+
+import tjepa
+from data.scenes import prepare as world
+from labs import seeing_model as eyes
+from labs.arms import Flags, chosen, in_short, main, run_arms
+from labs.measures import logistic_probe
+from labs.runs import Arm
+from labs.streams import stream_figures
+
+@dataclasses.dataclass
+class Config(Arm):
+    """An arm: how pictures are mapped to the latents of text."""
+    eye: str = "trained"        # the patch encoder: trained | random | shuffled | blind
+    decoder: str = "frozen"     # frozen | tuned: learns words too | fresh: learns words alone
+    distance: str = "mse + infonce"     # to the latents of the answer; or one of the two
+    eye_sigreg: float = 0.0     # weight of SIGReg on the patch latents
+    eye_layer: int = 3          # blocks of the patch encoder
+    picture_steps: int = 2200
+    picture_lr: float = 2e-3
+    documents: int = 8000       # of the text
+    asked: int = 500            # pictures of a figure
+    streams: int = 0            # of 64 frames at each rate of change; 0: not measured
+    task_seed: int = 2000       # of pictures that figures are measured on; 1000: to choose settings
+
+    def __post_init__(self):
+        super().__post_init__()
+        tjepa.check(self, (
+            ("eye", *tjepa.one_of("trained", "random", "shuffled", "blind")),
+            ("decoder", *tjepa.one_of("frozen", "tuned", "fresh")),
+            ("distance", *tjepa.one_of("mse", "infonce", "mse + infonce")),
+            ("eye_layer asked documents", *tjepa.within(1, 10 ** 6)),
+        ))
+
+# One text side for all arms of a seed: latents and tokens, in a small size.
+BASE = Config(
+    n_embd=128, n_layer=2, top_k=2, pred_embd=128, pred_layer=2, dec_layer=2, block_size=64,
+    vocab_size=512, answer_size=16, dtype="fp32", batch_size=32, qa_batch_size=64,
+    pretrain_steps=400, pretrain_lr=2e-3, distill_steps=300, distill_lr=1e-3,
+    speak_steps=1200, speak_lr=2e-3, noise=0.3, eval_every=10 ** 9)
+ARMS = {
+    "MSE + InfoNCE": dict(streams=8),
+    "MSE": dict(distance="mse"),
+    "MSE + SIGReg": dict(distance="mse", eye_sigreg=0.1),
+    "InfoNCE": dict(distance="infonce"),
+    "decoder fine-tuned": dict(decoder="tuned"),
+    "captioner on tokens": dict(decoder="fresh"),
+    "random-init text encoder": dict(pretrain_steps=0),
+    "random-init patch encoder": dict(eye="random"),
+    "shuffled pictures": dict(eye="shuffled"),
+    "question without picture": dict(eye="blind"),
+}
+
+# -- figures ---------------------------------------------------------------------------------------
+
+class Speaker:
+    """A trained arm that is asked: text side, words and eyes. Draws follow from the task seed."""
+
+    def __init__(self, run, words, seer, cfg):
+        self.run = run
+        self.words = words
+        self.seer = seer
+        self.cfg = cfg
+
+    def draws(self, name):
+        """A generator of Python and one of numpy for a figure."""
+        seed = random.Random(f"{self.cfg.task_seed} {name}").getrandbits(60)
+        return random.Random(seed), np.random.default_rng(seed)
+
+    def examples(self, what, kind="seen", **options):
+        """Pictures that no training step has drawn."""
+        name = f"{what} {kind} {sorted(options)}"
+        return eyes.examples(self.words, self.cfg.asked, *self.draws(name), what, kind, **options)
+
+    @torch.no_grad()
+    def think(self, batch):
+        """Thoughts (B, S, C) of a `Batch`."""
+        return torch.cat([self.seer.think(self.words, eyes.Batch(*some))
+                          for some in zip(*(part.split(256) for part in batch))])
+
+    def right(self, thoughts, answer):
+        """Is everything said right? thoughts (B, S, C), answer (B, S) -> bool (B,)."""
+        used = answer >= 0
+        said = eyes.speak(self.run, thoughts[used])
+        wanted = [self.words.texts[i] for i in answer[used].tolist()]
+        wrong = torch.zeros_like(used)
+        wrong[used] = torch.tensor([a != b for a, b in zip(said, wanted)])
+        return ~wrong.any(1)
+
+    def exact(self, batch):
+        """Exact match: the share of answers that are said without error, captions as a whole."""
+        return self.right(self.think(batch), batch.answer).float().mean().item()
+
+def with_other_pictures(batch):
+    """Each question beside the picture of another row."""
+    return batch._replace(pictures=batch.pictures.roll(1, 0))
+
+def spoken_figures(speaker):
+    """Captions, questions and flags: seen, never seen, in a new wording, with other pictures."""
+    found = {}
+    for what in ("caption", "question", "flag"):
+        batch = speaker.examples(what)
+        found[what] = speaker.exact(batch)
+        found[f"{what}_shuffled"] = speaker.exact(with_other_pictures(batch))
+        new_words = speaker.examples(what, wordings=[world.HELD_OUT])
+        found[f"{what}_wording"] = speaker.exact(new_words)
+        if what != "flag":
+            for kind in ("new", "pair", "unheard"):
+                found[f"{what}_{kind}"] = speaker.exact(speaker.examples(what, kind))
+    return found
+
+@torch.no_grad()
+def said_of_text(run, words, cfg, wordings):
+    """What the text side answers to questions about countries: (said, wanted), lists of n."""
+    tokens, answers = eyes.fact_questions(run.corpus.tokenizer, words, cfg, wordings)
+    said = eyes.speak(run, run.model.think(tokens).latent)
+    return said, [words.texts[i] for i in answers.tolist()]
+
+def text_figure(run, words, cfg, wordings):
+    """Exact match of questions about countries, without pictures."""
+    pairs = list(zip(*said_of_text(run, words, cfg, wordings)))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+def hop_figures(speaker):
+    """See, speak, think again: the country that is said of a flag is asked for its capital."""
+    batch = speaker.examples("flag")
+    said = eyes.speak(speaker.run, speaker.think(batch)[:, 0])
+    capitals = {country: answer for country, relation, answer in world.facts()
+                if relation == "capital"}
+    tokenizer = speaker.run.corpus.tokenizer
+    asked = [world.fill(world.FACTS["capital"][1][0], s=country) for country in said]
+    tokens = eyes.data.pack_questions(tokenizer, asked, speaker.cfg.block_size)
+    with torch.no_grad():
+        answers = eyes.speak(speaker.run, speaker.run.model.think(tokens).latent)
+    countries = [speaker.words.texts[i] for i in batch.answer[:, 0].tolist()]
+    right = [capitals[country] == answer for country, answer in zip(countries, answers)]
+    return dict(hop=sum(right) / len(right))
+
+def retrieval(speaker, n=1000):
+    """R@1: is the own caption the nearest of n different ones, by the latents of its sentences?"""
+    random_, rng = speaker.draws("retrieval")
+    scenes = set()
+    while len(scenes) < n:
+        scenes.add(world.draw_scene(random_))
+    batch = eyes.captions(speaker.words, sorted(scenes), rng, random_=random_)
+    predicted = tjepa.norm(speaker.think(batch)).flatten(1)             # (n, S * C)
+    captions = tjepa.norm(speaker.words.latents[batch.answer]).flatten(1)
+    return (torch.cdist(predicted, captions).argmin(1) == torch.arange(n)).float().mean().item()
+
+@torch.no_grad()
+def probes(speaker, n=1000):
+    """Linear probes of the mean patch latent: colour, shape and place of the only object."""
+    random_, rng = speaker.draws("probes")
+    things = [random_.choice(world.BY_KIND["seen"]) for _ in range(n)]
+    pictures = torch.from_numpy(world.render([(thing,) for thing in things], rng))
+    x = speaker.seer.eye(pictures).mean(1)
+    cuts = n * 3 // 5, n * 4 // 5
+    found = {}
+    for name, values in (("colour", list(world.COLOURS)), ("shape", world.SHAPES),
+                         ("place", range(len(world.PLACES)))):
+        y = torch.tensor([list(values).index(getattr(thing, name)) for thing in things])
+        parts = zip(x.tensor_split(cuts), y.tensor_split(cuts))
+        found[f"probe_{name}"] = logistic_probe(*parts)[0]
+    return found
+
+def measure(cfg):
+    """An arm: the text side, the eyes, and the figures."""
+    torch.manual_seed(cfg.seed)
+    started = time.process_time()
+    run, words = eyes.open_text(cfg)
+    text_seconds = time.process_time() - started
+    every = range(world.N_WORDINGS)
+    before = text_figure(run, words, cfg, every)
+    seer, seconds = eyes.train_seer(run, words, cfg)
+    speaker = Speaker(run, words, seer, cfg)
+    found = spoken_figures(speaker)
+    after = text_figure(run, words, cfg, every)
+    found |= dict(text=before, text_lost=before - after) | hop_figures(speaker) | probes(speaker)
+    found |= dict(retrieval=retrieval(speaker), seconds=seconds, text_seconds=text_seconds)
+    if cfg.streams:
+        found |= stream_figures(speaker, cfg.streams) | costs(speaker)
+    return found
+
+def costs(speaker):
+    """CPU milliseconds, one picture at a time: a thought, and the sentences of a caption."""
+    batch = speaker.examples("caption")
+    n = min(30, len(batch.pictures))
+    found = dict(ms_think=0.0, ms_speak=0.0)
+    for i in range(n):
+        begun = time.process_time()
+        thoughts = speaker.think(eyes.Batch(*(part[i:i + 1] for part in batch)))
+        between = time.process_time()
+        eyes.speak(speaker.run, thoughts[0])
+        found["ms_think"] += (between - begun) / n * 1000
+        found["ms_speak"] += (time.process_time() - between) / n * 1000
+    return found
+
+# -- the whole -------------------------------------------------------------------------------------
+
+def arms_of(base):
+    """The arms, name -> Config."""
+    return {name: dataclasses.replace(base, **change) for name, change in ARMS.items()}
+
+def seeing(flags):
+    """Run the arms; `python -m labs.plots seeing` draws the page."""
+    if flags.fast:
+        print("labs.seeing --fast: a minute on one core; its figures mean nothing")
+        arms = {name: dataclasses.replace(in_short(cfg), picture_steps=2, documents=200, asked=10,
+                                          streams=min(1, cfg.streams))
+                for name, cfg in arms_of(BASE).items()}
+        run_arms("seeing", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
+        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
+        return
+    run_arms("seeing", arms_of(BASE), flags, measure)
+
+if __name__ == "__main__":
+    main(seeing, Flags)
