@@ -1074,8 +1074,8 @@ def open_questions(cfg, corpus, checkpoint, phase_2_has_begun, added, device):
     for number in sorted({number for _, _, number in added}):
         pairs = [(question, answer) for question, answer, at in added if at == number]
         rows = data.add_pairs(rows, pairs, data.QA)
-    encode, most = corpus.tokenizer.encode, cfg.block_size
-    rows = [row for row in rows if row.split != "NEW" or len(encode(" " + row.question)) <= most]
+    encode, most = corpus.tokenizer.encode_question, cfg.block_size
+    rows = [row for row in rows if row.split != "NEW" or len(encode(row.question)) <= most]
     return data.Questions(rows, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
 
 def open_teacher_of(cfg, questions, corpus, checkpoint, phase_2_has_begun, left):

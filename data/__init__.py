@@ -167,9 +167,10 @@ def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
     """The pairs (question, answer) of a student's file, a list. flag: the one that names the file.
 
     `inputs.read_pairs` says what the file may look like. ValueError names the line of a pair
-    that has too many tokens.
+    that has too many tokens, or of two questions that are encoded alike and have two answers.
     """
     pairs = []
+    answer_of = {}      # tokens of a question -> its answer and line
     for line, question, answer in read_pairs(path, flag):
         checks = [(question, tokenizer.encode_question(question), block_size, "--block_size"),
                   (answer, tokenizer.encode(" " + answer), *room(block_size, answer_size))]
@@ -178,6 +179,12 @@ def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
                 raise ValueError(
                     f"{flag}={printable(path, None)}, line {line}: '{printable(text)}' has "
                     f"{len(ids)} tokens, {limit} fit; shorten it or raise {remedy}")
+        known, known_line = answer_of.setdefault(tuple(checks[0][1]), (answer, line))
+        if known != answer:
+            raise ValueError(
+                f"{flag}={printable(path, None)}, line {line}: '{printable(question)}' is the "
+                f"question of line {known_line}, since capitals and a mark at the end do not "
+                f"count, but has another answer; keep one")
         pairs.append((question, answer))
     return pairs
 

@@ -26,6 +26,7 @@ def frames_of(rows):
 
 def subject_in(question, frame):
     """What stands in the place of {s}, if the question has the wording of the frame; else ""."""
+    question, frame = plain(question), plain(frame)
     before, after = frame.split("{s}", 1)
     folded = question.casefold()
     fits = folded.startswith(before.casefold()) and folded.endswith(after.casefold())
@@ -36,7 +37,7 @@ def find_frame(question, frames, known):
     """(relation, subject) of a question in a known wording, the most detailed one; or None.
 
     known: pairs (relation, subject in lower case). Where relations share a wording, as Where is
-    {s}?, the one that knows the subject counts.
+    {s}?, the one that knows the subject counts; if none does, the wording says nothing.
     """
     fits = []
     for relation, wordings in frames.items():
@@ -45,7 +46,11 @@ def find_frame(question, frames, known):
             if subject and "{s}" in frame:
                 is_known = (relation, subject.casefold()) in known
                 fits.append((len(frame), is_known, relation, subject))
-    return max(fits)[2:] if fits else None
+    if not fits:
+        return None
+    longest, is_known, relation, subject = max(fits)
+    among = {fit[2] for fit in fits if fit[0] == longest}
+    return (relation, subject) if is_known or len(among) == 1 else None
 
 
 def add_pairs(rows, pairs, kind):

@@ -274,9 +274,13 @@ class Tokenizer:
         return self.encode(" " + text)
 
     def usual_case(self, word: str) -> str:
-        """A word as it is, in lower case, or with one capital: what takes the fewest tokens."""
+        """A word as it is, in lower case, or with one capital: what takes the fewest tokens.
+
+        It is judged as behind a blank, also where a quotation mark stands before it.
+        """
         if word not in self.cases:
-            ids = {form: self.encode(" " + form) for form in (word, word.lower(), word.capitalize())}
+            forms = (word, word.lower(), word[0].upper() + word[1:].lower())
+            ids = {form: self.encode(" " + form) for form in forms}
             # of as many tokens those that were merged first, from the more frequent pairs
             self.cases[word] = min(ids, key=lambda form: (len(ids[form]), ids[form]))
         return self.cases[word]

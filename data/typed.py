@@ -45,8 +45,8 @@ def as_typed(question, subject, rng):
     with a typo.
 
     subject: the part of the question that is never clipped. rng: a random.Random. Capitals and a
-    mark at the end are no noise, since questions are encoded without them. But a misspelled name is
-    in lower case, too.
+    mark at the end are no noise, since questions are encoded without them: lower case matters only
+    to a capital that a typo has moved.
     """
     if rng.random() < 0.25:
         question = clipped(question, subject, rng)

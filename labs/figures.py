@@ -66,10 +66,8 @@ COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_held
 FLOOR = "commonest DEC answer"
 # how a question is typed -> its phrasing in the results
 WORDINGS = {
-    "in a held-out wording": "heldout",
+    "in a held-out wording, in any case": "heldout",
     "as people write": "natural",
-    "in lower case": "lower",
-    "without question mark": "no_mark",
     "with one typo": "typo",
 }
 

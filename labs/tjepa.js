@@ -40,8 +40,8 @@ class Tokenizer {
 
   /** A word as it is, in lower case, or with one capital: what takes the fewest tokens. */
   usual_case(word) {
-    const [first, ...rest] = word.toLowerCase();
-    const forms = [word, word.toLowerCase(), first.toUpperCase() + rest.join("")];
+    const [first, ...rest] = word;
+    const forms = [word, word.toLowerCase(), first.toUpperCase() + rest.join("").toLowerCase()];
     const ids = forms.map(form => this.encode(" " + form));
     // of as many tokens those that were merged first
     const before = (a, b) => [a.length, ...a].find((id, i) => id !== [b.length, ...b][i]) <

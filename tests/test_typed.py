@@ -11,7 +11,7 @@ import torch
 import data
 import evaluate
 import train
-from data import typed
+from data import added, typed
 from data.facts import prepare
 from tests.toy import PAIRS, write_corpus
 
@@ -352,3 +352,42 @@ def test_a_phase_trains_on_trained_wordings_and_is_measured_on_all_at_its_end_on
     n = len(measured) // 2
     assert measured[:n] == [BETWEEN] * n
     assert measured[n:] == [{"trained"} | BETWEEN | AT_THE_END] * n
+
+
+# -- facts that are added --------------------------------------------------------------------------
+
+FRAMES = {"capital": ["What is the capital of {s}?"], "painter": ["who created {s}", "Whose is {s}?"],
+          "inventor": ["who created {s}"]}
+
+
+@pytest.mark.parametrize("question, found", [
+    ("what is the capital of lorvania", ("capital", "lorvania")),
+    ("What is the capital of Lorvania?!", ("capital", "Lorvania")),
+    ("Whose is Harbour in Fog?", ("painter", "Harbour in Fog")),
+    ("Who created braille?", ("inventor", "braille")),      # it is known as an invention
+    ("Who created Linux?", None),                           # a picture or an invention?
+    ("Why is the sky blue?", None)])
+def test_a_known_wording_is_found_without_regard_to_capitals_and_marks(question, found):
+    assert added.find_frame(question, FRAMES, {("inventor", "braille")}) == found
+
+
+def test_two_answers_to_questions_that_are_encoded_alike_are_refused(tmp_path):
+    tokenizer = data.Tokenizer(data.train_bpe("What does Pat mean? " * 20, 300))
+    path = tmp_path / "qa.tsv"
+    path.write_text("What does Pat mean?\ta touch\nWhat else?\tnothing\nwhat does pat mean\ta test\n")
+    with pytest.raises(ValueError, match="line 3.*line 1.*keep one"):
+        data.read_fitting(path, tokenizer, 64, 24)
+    path.write_text("What does Pat mean?\ta touch\nwhat does pat mean\ta touch\n")
+    assert len(data.read_fitting(path, tokenizer, 64, 24)) == 2
+
+
+def test_an_added_question_in_capitals_is_as_long_as_it_is_encoded(corpus):
+    """Its capitals are many tokens, which are never read."""
+    asked = "WHICH COMPOSER OF THE ORCHESTRA WROTE THE MUSIC WHICH PEOPLE PLAY ON THE RADIO"
+    tokenizer = corpus.tokenizer
+    size = len(tokenizer.encode_question(asked)) + 2
+    assert len(tokenizer.encode(f" {asked}")) > size
+    cfg = train.Config(block_size=size)
+    few = corpus._replace(qa=[data.QA("DEC", "trained", "capital", "Peru", "Peru capital", "Lima")])
+    questions = train.open_questions(cfg, few, None, False, [[asked, "Ravel", 1]], "cpu")
+    assert [row.question for row in questions.rows if row.split == "NEW"] == [asked]
