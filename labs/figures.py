@@ -130,12 +130,11 @@ ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",
 SIZE = 420, 200        # pixels of a thumbnail
 
 def write_transcript(path):
-    """The last lines of train.py's output, with the default folder in place of the run's own."""
+    """The last lines of train.py's output, but for the one about files and minutes."""
     lines = re.split(r"[\r\n]+", Path(path).read_text(encoding="utf-8").strip())
     first = next(i for i, line in enumerate(lines) if line.startswith("pretrain: R2"))
-    text = "\n".join(lines[first:])
-    folder = re.search(r"--out=(\S+)$", text)[1]
-    write_block("transcript", f"```\n{text.replace(folder, train.Config.out)}\n```")
+    text = "\n".join(lines[first:-1])
+    write_block("transcript", f"```\n{text}\n```")
 
 def write_samples(folder):
     """What sample.py answers; its first line, which names the device, is left out."""
