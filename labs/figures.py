@@ -21,7 +21,6 @@ from pathlib import Path
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-import train
 from labs import movie
 from labs.arms import Flags as LabFlags
 from labs.arms import main as command_line
