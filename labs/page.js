@@ -115,13 +115,15 @@ async function answer() {
   $("words").replaceChildren();
   $("note").textContent = $("said").textContent = "";
   if ($("off").checked) {
-    $("note").textContent = `Decoder off: no words, and yet the thought is there, near ${name}.`;
+    $("note").textContent = "Decoder off: no words, and yet the thought is there, "
+      + (known ? `near ${name}.` : "far from all that is known.");
   } else if (!known && !$("anyway").checked) {
     make($("words"), "output", {text: "I don't know", class: "refused"});
     $("said").textContent = "I don't know";
     $("note").textContent = "It could only guess. To hear the guess: answer even if unknown.";
   } else {
     let read = {...thought, latent};
+    if (!known) $("note").textContent = "A guess: the thought is far from all that is known.";
     if ($("shuffled").checked) {
       const other = page.others[(asked.ids.length + order[0]) % page.others.length];
       read = model.think(tokenizer.encode_question(other));

@@ -44,7 +44,8 @@ GAP = "The capital of France is [Paris]."
 CURVES = (
     ("latent loss of phase 1", "log", None, ("latent",), "pretrain", ()),
     ("R2 on held-out text", "linear", (-0.2, 1), ("val_r2",), "pretrain", (0,)),
-    ("spread (dashed: collapsed)", "linear", (0, 1), ("spread",), None, (tjepa.COLLAPSED,)),
+    ("std x rank / bound (dashed: collapsed)", "linear", (0, 1), ("spread",), None,
+     (tjepa.COLLAPSED,)),
     ("right thoughts, taught", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),
     ("right words, taught", "linear", (0, 1), ("em_DEC_heldout", "em_DEC"), None, ()),
 )

@@ -134,8 +134,11 @@ def test_what_is_beyond_the_threshold_is_refused_and_each_switch_changes_what_is
     page.run("page.kept = page.threshold, page.threshold = -1, ask($('question').value)")
     assert said(page) == "I don't know"
     assert "beyond the threshold" in page.run("$('verdict').textContent")
-    page.run("$('anyway').checked = true, answer()")
+    page.run("$('off').checked = true, answer()")
+    page.wait("$('note').textContent.endsWith('far from all that is known.')")
+    page.run("$('off').checked = false, $('anyway').checked = true, answer()")
     assert said(page) != "I don't know"
+    assert page.run("$('note').textContent").startswith("A guess")
     page.run("page.threshold = page.kept")
     page.run(f"ask({json.dumps(QUESTIONS[0])})")
     cells = "document.querySelectorAll('.column:first-child i').length"
