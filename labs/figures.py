@@ -80,10 +80,10 @@ def draw_bars(rows):
         places = [group + (number - 1.5) * width for group in range(len(COLUMNS))]
         means = [one.mean for one in found]
         axis.bar(places, means, width * 0.9, color=colour, label=name)
-        axis.errorbar(places, means, yerr=[one.deviation for one in found], fmt="none",
-                      ecolor="0.15", capsize=3, lw=1.2)
-        for place, one in zip(places, found):
-            top = one.mean + one.deviation + 0.02
+        deviations = [one.deviation or 0 for one in found]      # None: of one seed
+        axis.errorbar(places, means, yerr=deviations, fmt="none", ecolor="0.15", capsize=3, lw=1.2)
+        for place, one, deviation in zip(places, found, deviations):
+            top = one.mean + deviation + 0.02
             axis.text(place, top, f"{one.mean:.2f}".removeprefix("0"), ha="center", fontsize=9)
     for group, figure_name in enumerate(COLUMNS.values()):
         floor = over_seeds(rows, FLOOR, figure_name).mean
