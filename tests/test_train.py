@@ -531,7 +531,8 @@ def test_lat_and_txt_facts_are_kept_from_the_decoder(monkeypatch):
         return {corpus.tokenizer.decode(row).strip() for row in tokens.tolist()}
 
     def trained(*splits):
-        return {data.plain(row.question) for row in questions.rows
+        encode = corpus.tokenizer.encode_question
+        return {corpus.tokenizer.decode(encode(row.question)).strip() for row in questions.rows
                 if row.split in splits and row.phrasing == "trained"}
     lessons = train.make_lessons(run)
     assert text(lessons.texts[:lessons.n_questions]) == trained("DEC")
