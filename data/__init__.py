@@ -184,7 +184,7 @@ def read_fitting(path, tokenizer, block_size, answer_size, flag="--qa"):
             raise ValueError(
                 f"{flag}={printable(path, None)}, line {line}: '{printable(question)}' is the "
                 f"question of line {known_line}, since capitals and a mark at the end do not "
-                f"count, but has another answer; keep one")
+                "count, but has another answer; keep one")
         pairs.append((question, answer))
     return pairs
 

@@ -9,17 +9,16 @@ The house of data/house for the planning lab: its text, its latents, and the sea
 Shapes: n states, S = 4 slots, A = 16 actions, F = 65 facts, W = 6 wordings, C width of a latent.
 """
 import functools
-import hashlib
 import random
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import data
 import tjepa
 from data.house import prepare as world
 from labs.measures import features
+from labs.runs import corpus_from
 
 N_SLOTS = 4                 # the robot and up to three objects
 HELD_OUT = world.HELD_OUT
@@ -31,16 +30,7 @@ TRAJECTORIES = 2000
 @functools.cache
 def corpus_of(block_size, vocab_size, n=TRAJECTORIES):
     """The text of n trajectories as a `data.Corpus`; the last twentieth of it is held out."""
-    texts = [" " + text for text in world.documents(n)]
-    tokenizer = data.Tokenizer(data.train_bpe("\n".join(texts[:3000]), vocab_size - 4))
-    rows = [row + [tokenizer.eos] for row in tokenizer.encode_batch(texts)]
-    cut = len(rows) * 19 // 20
-    parts = []
-    for name, part in (("training", rows[:cut]), ("held-out", rows[cut:])):
-        tokens = np.concatenate([np.array(row, dtype=np.uint16) for row in part])
-        parts.append(data.Text(tokens, block_size, tokenizer, f"data/house, its {name} part"))
-    fingerprint = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return data.Corpus(tokenizer, *parts, qa=[], cloze=[], values={}, fingerprint=fingerprint)
+    return corpus_from(world.documents(n), block_size, vocab_size, "data/house")
 
 def numbers(state):
     """A state as numbers of facts, -1 in the slots that it does not need: a list of S."""

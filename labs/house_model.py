@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import data
+import evaluate
 import tjepa
 from data.house import prepare as world
 from labs import house
@@ -231,6 +232,4 @@ def teach_speech(run, cfg, latents):
 
 def speak(run, slots):
     """Sentences of latents (n, C): a list of n strings."""
-    thought = tjepa.Thought(slots, slots[:, None], torch.ones(len(slots), 1).bool())
-    ids = torch.stack(list(run.model.speak(thought)), dim=1)
-    return [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
+    return evaluate.say(run, tjepa.thought_of(slots))

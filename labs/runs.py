@@ -1,6 +1,9 @@
 """How labs run and open a T-JEPA: an arm's Config, its run on disk, and a quiet `train.fit`."""
 import dataclasses
+import hashlib
 from pathlib import Path
+
+import numpy as np
 
 import data
 import report
@@ -28,6 +31,22 @@ class Arm(train.Config):
 
 NOW = {field.name: getattr(train.Config, field.name) for field in dataclasses.fields(train.Config)
        if field.default != getattr(Arm, field.name)}
+
+def corpus_from(documents, block_size, vocab_size, name):
+    """Documents, a list of strings, as a `data.Corpus`; the last twentieth is held out.
+
+    The tokenizer is trained on the first 3,000. name: what an error calls the text.
+    """
+    texts = [" " + text for text in documents]
+    tokenizer = data.Tokenizer(data.train_bpe("\n".join(texts[:3000]), vocab_size - 4))
+    rows = [row + [tokenizer.eos] for row in tokenizer.encode_batch(texts)]
+    cut = len(rows) * 19 // 20
+    parts = []
+    for part, some in (("training", rows[:cut]), ("held-out", rows[cut:])):
+        tokens = np.concatenate([np.array(row, dtype=np.uint16) for row in some])
+        parts.append(data.Text(tokens, block_size, tokenizer, f"{name}, its {part} part"))
+    fingerprint = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return data.Corpus(tokenizer, *parts, qa=[], cloze=[], values={}, fingerprint=fingerprint)
 
 def plain(cfg, **changes):
     """The train.Config in an arm's Config, with changes."""

@@ -34,6 +34,7 @@ import time
 import numpy as np
 import torch
 
+import data
 import tjepa
 from data.scenes import prepare as world
 from labs import seeing_model as eyes
@@ -163,7 +164,7 @@ def hop_figures(speaker):
                 if relation == "capital"}
     tokenizer = speaker.run.corpus.tokenizer
     asked = [world.fill(world.FACTS["capital"][1][0], s=country) for country in said]
-    tokens = eyes.data.pack_questions(tokenizer, asked, speaker.cfg.block_size)
+    tokens = data.pack_questions(tokenizer, asked, speaker.cfg.block_size)
     with torch.no_grad():
         answers = eyes.speak(speaker.run, speaker.run.model.think(tokens).latent)
     countries = [speaker.words.texts[i] for i in batch.answer[:, 0].tolist()]

@@ -12,7 +12,6 @@ slots (a caption has one for each place, an answer slot 0), N sayable texts, W w
 """
 import dataclasses
 import functools
-import hashlib
 import os
 import random
 import time
@@ -25,11 +24,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import data
+import evaluate
 import tjepa
 import train
 from data.scenes import prepare as world
 from labs.measures import features
-from labs.runs import fit, model_of, open_run, plain
+from labs.runs import corpus_from, fit, model_of, open_run, plain
 
 PATCH = 16                              # pixels of a side: as large as a cell of the grid of places
 N_PATCHES = (world.SIZE // PATCH) ** 2
@@ -40,16 +40,7 @@ S = len(world.PLACES)
 @functools.cache
 def corpus_of(block_size, vocab_size, n):
     """The text of n scenes, and of facts, as a `data.Corpus`; the last twentieth is held out."""
-    texts = [" " + text for text in world.documents(n)]
-    tokenizer = data.Tokenizer(data.train_bpe("\n".join(texts[:3000]), vocab_size - 4))
-    rows = [row + [tokenizer.eos] for row in tokenizer.encode_batch(texts)]
-    cut = len(rows) * 19 // 20
-    parts = []
-    for name, part in (("training", rows[:cut]), ("held-out", rows[cut:])):
-        tokens = np.concatenate([np.array(row, dtype=np.uint16) for row in part])
-        parts.append(data.Text(tokens, block_size, tokenizer, f"data/scenes, its {name} part"))
-    fingerprint = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return data.Corpus(tokenizer, *parts, qa=[], cloze=[], values={}, fingerprint=fingerprint)
+    return corpus_from(world.documents(n), block_size, vocab_size, "data/scenes")
 
 @functools.cache
 def sayable():
@@ -360,5 +351,4 @@ def train_seer(run, words, cfg):
 
 def speak(run, latents):
     """Texts of latents (n, C): a list of n strings."""
-    ids = torch.stack(list(run.model.speak(tjepa.thought_of(latents))), dim=1)
-    return [run.corpus.tokenizer.decode(row).strip() for row in ids.tolist()]
+    return evaluate.say(run, tjepa.thought_of(latents))
