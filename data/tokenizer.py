@@ -270,17 +270,17 @@ class Tokenizer:
         made from a text, so this is the case in which the text has the word most often: france,
         FRANCE and France are the same question.
         """
-        text = regex.sub(r"[\p{L}\p{M}]+", lambda word: self.usual_case(word[0]), plain(question))
-        return self.encode(" " + text)
+        words = regex.compile(r"[^\p{L}\p{M}][\p{L}\p{M}]+")
+        return self.encode(words.sub(lambda word: self.usual_case(word[0]), " " + plain(question)))
 
     def usual_case(self, word: str) -> str:
-        """A word as it is, in lower case, or with one capital: what takes the fewest tokens.
+        """A word in the case that takes the fewest tokens: as it is, lower, upper, or one capital.
 
-        It is judged as behind a blank, also where a quotation mark stands before it.
+        It is judged with the character in front of it: a blank, a quotation mark, a hyphen.
         """
         if word not in self.cases:
-            forms = (word, word.lower(), word[0].upper() + word[1:].lower())
-            ids = {form: self.encode(" " + form) for form in forms}
+            forms = (word, word.lower(), word.upper(), word[:2].upper() + word[2:].lower())
+            ids = {form: self.encode(form) for form in forms}
             # of as many tokens those that were merged first, from the more frequent pairs
             self.cases[word] = min(ids, key=lambda form: (len(ids[form]), ids[form]))
         return self.cases[word]

@@ -2,11 +2,12 @@
 Questions as people type them: noise for training, and other noise for tests.
 
     trained     What is the capital of France?
-    as_typed    please capital of frnace        what phase 2 may see instead
+    as_typed    please capital of Frnace        what phase 2 may see instead
     TESTS       What is the capital of Frajce?  what the final evaluation asks, never trained on
 
-Their typos share no function. Training swaps, drops and doubles letters; the test presses a
-neighbouring key. So a figure on the test says something about typing, and not about one function.
+They share no typo. Training swaps, drops and doubles letters, or writes one from elsewhere on the
+keyboard; the test presses a neighbouring key. So a figure on the test says something about
+typing, and not about one function.
 """
 import collections
 import random
@@ -41,12 +42,10 @@ def plain(question):
 # -- training --------------------------------------------------------------------------------------
 
 def as_typed(question, subject, rng):
-    """A question as someone may type it: clipped or with chat around it, no quotes, lower case,
-    with a typo.
+    """A question as someone may type it: clipped or with chat around it, no quotes, with a typo.
 
     subject: the part of the question that is never clipped. rng: a random.Random. Capitals and a
-    mark at the end are no noise, since questions are encoded without them: lower case matters only
-    to a capital that a typo has moved.
+    mark at the end are no noise, since `Tokenizer.encode_question` makes nothing of them.
     """
     if rng.random() < 0.25:
         question = clipped(question, subject, rng)
@@ -54,9 +53,7 @@ def as_typed(question, subject, rng):
         question = chatty(question, rng)
     if rng.random() < 0.5:
         question = requoted(question, rng)
-    if rng.random() < 0.6:
-        question = question.lower()
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         question = misspelled(question, rng)
     return question
 
@@ -92,13 +89,22 @@ def requoted(question, rng):
     return re.sub(r"(?<!\w)'(.*?)'(?!\w)", lambda match: mark + match[1] + mark, question)
 
 def misspelled(text, rng):
-    """With one letter swapped with the next, left out, or doubled."""
+    """With one letter swapped with the next, left out, doubled, or from elsewhere on the keyboard.
+    """
     places = [i for i in range(len(text) - 1) if text[i].isalpha() and text[i + 1].isalpha()]
     if not places:
         return text
     i = rng.choice(places)
-    middle = rng.choice((text[i + 1] + text[i], text[i + 1], text[i] + text[i + 1] * 2))
+    first, second = text[i], text[i + 1]
+    elsewhere = rng.choice([key for key in "".join(ROWS) if key not in beside(first)])
+    middle = rng.choice((second + first, second, first + second * 2, elsewhere + second))
     return text[:i] + middle + text[i + 2:]
+
+def beside(letter):
+    """A letter and the keys at its left and right, in lower case."""
+    row = next((row for row in ROWS if letter.lower() in row), letter.lower())
+    at = row.index(letter.lower())
+    return row[max(0, at - 1):at + 2]
 
 def nonsense(question, subject, rng):
     """Some words of a question, without its subject, in another order; and random letters."""
@@ -133,10 +139,7 @@ def neighbour_typo(question):
     rng = random.Random(question)
     places = [i for i, letter in enumerate(question) if letter.lower() in "".join(ROWS)]
     i = rng.choice(places)
-    letter = question[i].lower()
-    row = next(row for row in ROWS if letter in row)
-    at = row.index(letter)
-    wrong = rng.choice(row[max(0, at - 1):at] + row[at + 1:at + 2])
+    wrong = rng.choice(beside(question[i]).replace(question[i].lower(), ""))
     return question[:i] + (wrong.upper() if question[i].isupper() else wrong) + question[i + 1:]
 
 TESTS = dict(

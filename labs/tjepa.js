@@ -34,19 +34,20 @@ class Tokenizer {
 
   /** Ids of a question, each word in its usual case. */
   encode_question(question) {
-    const usual = plain(question).replace(/[\p{L}\p{M}]+/gu, word => this.usual_case(word));
-    return this.encode(" " + usual);
+    const words = /[^\p{L}\p{M}][\p{L}\p{M}]+/gu;
+    return this.encode((" " + plain(question)).replace(words, word => this.usual_case(word)));
   }
 
-  /** A word as it is, in lower case, or with one capital: what takes the fewest tokens. */
+  /** A word in the case that takes the fewest tokens: as it is, lower, upper, or one capital. */
   usual_case(word) {
-    const [first, ...rest] = word;
-    const forms = [word, word.toLowerCase(), first.toUpperCase() + rest.join("").toLowerCase()];
-    const ids = forms.map(form => this.encode(" " + form));
+    const [before, first, ...rest] = word;
+    const one = before + first.toUpperCase() + rest.join("").toLowerCase();
+    const forms = [word, word.toLowerCase(), word.toUpperCase(), one];
+    const ids = forms.map(form => this.encode(form));
     // of as many tokens those that were merged first
-    const before = (a, b) => [a.length, ...a].find((id, i) => id !== [b.length, ...b][i]) <
+    const earlier = (a, b) => [a.length, ...a].find((id, i) => id !== [b.length, ...b][i]) <
       [b.length, ...b].find((id, i) => id !== [a.length, ...a][i]);
-    return forms[range(3).reduce((best, i) => before(ids[i], ids[best]) ? i : best)];
+    return forms[range(4).reduce((best, i) => earlier(ids[i], ids[best]) ? i : best)];
   }
 
   /** Ids of one piece: the neighbours whose joined bytes have the lowest rank are joined first. */

@@ -64,6 +64,14 @@ def test_capitals_make_no_other_question(asked):
     assert ids == tokenizer.encode(" What is the capital of France")
 
 
+def test_a_case_is_judged_with_what_stands_in_front_of_a_word():
+    """Abbreviations keep their capitals, the 's behind an apostrophe none, a title its own."""
+    text = " the USA, and What's 'The Hobbit' in the end"
+    tokenizer = data.Tokenizer(data.train_bpe(text * 20, 300))
+    for asked in (text, text.lower(), text.upper()):
+        assert tokenizer.decode(tokenizer.encode_question(asked)) == text
+
+
 def test_a_word_that_the_text_never_had_keeps_its_letters():
     tokenizer = data.Tokenizer(data.train_bpe(f" {ASKED}" * 20, 300))
     text = tokenizer.decode(tokenizer.encode_question("the capital of Wakanda"))
@@ -88,11 +96,11 @@ def test_clipping_leaves_out_little_words_alone(corpus):
 
 
 def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
-    """Some of many are clipped, in lower case, without quotes, or have a typo."""
+    """Some of many are clipped, without quotes, with chat around them, or have a typo."""
     question, subject, seeds = "Can you tell me who wrote 'Emma'?", "Emma", range(3000)
     found = [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
     assert found == [typed.as_typed(question, subject, random.Random(seed)) for seed in seeds]
-    assert {question, "can you tell me who wrote 'emma'?", "who wrote 'Emma'?", "who wrote emma?",
+    assert {question, "who wrote 'Emma'?", "wrote Emma?", "Can you tell me who wrote Emma?",
             'Can you tell me who wrote "Emma"?'} <= set(found)
     letters = [len(re.sub(r"\W", "", text)) for text in found]
     assert min(letters) >= len("wroteEmma") - 1
@@ -106,13 +114,17 @@ def test_chat_stands_around_a_question_that_stays_whole():
     assert {text.split("Emma")[1].rstrip("?") for text in found} == {"", *typed.BEHIND}
 
 
-def test_a_misspelling_swaps_drops_or_doubles_one_letter():
+def test_a_misspelling_swaps_drops_doubles_or_replaces_one_letter():
     kinds = collections.Counter()
     for seed in range(200):
         text = typed.misspelled(ASKED, random.Random(seed))
         longer = len(text) - len(ASKED)
         places = [i for i, (a, b) in enumerate(zip(ASKED, text)) if a != b]
-        if longer == 0:
+        if len(places) == 1 and longer == 0:
+            right, wrong = ASKED[places[0]], text[places[0]]
+            assert wrong not in typed.beside(right) and wrong.isalpha()
+            longer = "replaced"
+        elif longer == 0:
             first, second = places
             assert second == first + 1 and ASKED[first:second + 1] == text[first:second + 1][::-1]
         else:
@@ -120,7 +132,7 @@ def test_a_misspelling_swaps_drops_or_doubles_one_letter():
             assert abs(longer) == 1
             assert any(more[:i] + more[i + 1:] == less for i in range(len(more)))
         kinds[longer] += 1
-    assert set(kinds) == {-1, 0, 1}
+    assert set(kinds) == {-1, 0, 1, "replaced"}
     assert typed.misspelled("3 ?", random.Random(0)) == "3 ?"
 
 
@@ -179,7 +191,7 @@ def called(*functions):
     return {name for name in found if not name.startswith("<")}
 
 
-def test_training_and_test_share_no_function_and_no_typo():
+def test_training_and_test_share_no_noise_and_no_typo():
     """A figure on the test must not be about one function that was trained on."""
     def train_noise():
         for seed in range(200):
@@ -190,11 +202,16 @@ def test_training_and_test_share_no_function_and_no_typo():
             noise(ASKED)
     trained, tested = called(train_noise), called(test_noise)
     assert {"as_typed", "clipped", "requoted", "misspelled"} <= trained
-    assert tested == {"neighbour_typo"} and not trained & tested
+    # `beside` says which keys are neighbours: one picks among them, the other avoids them
+    assert tested == {"neighbour_typo", "beside"} and trained & tested == {"beside"}
     # a neighbouring key changes one letter; no misspelling of phase 2 does just this
+    keyboard = "qwertyuiop asdfghjkl zxcvbnm"
     for seed in range(500):
         text = typed.misspelled(ASKED, random.Random(seed))
-        assert len(text) != len(ASKED) or sum(a != b for a, b in zip(text, ASKED)) != 1
+        changed = [(a, b) for a, b in zip(ASKED.lower(), text.lower()) if a != b]
+        if len(text) == len(ASKED) and len(changed) == 1:
+            (right, wrong), = changed
+            assert abs(keyboard.index(right) - keyboard.index(wrong)) > 1
 
 
 def same_words(template):
@@ -248,7 +265,7 @@ def test_noise_keeps_the_number_of_the_question_and_has_its_share(questions):
         rows = [questions.rows[asked[i]] for i in which.tolist()]
         changed = [text != as_read(questions, row.question) for text, row in zip(texts, rows)]
         # capitals and quotation marks that a question does not have change nothing
-        assert 0.6 * share < sum(changed) / len(changed) < 0.85 * share
+        assert 0.75 * share < sum(changed) / len(changed) < 0.95 * share
 
 
 def test_a_made_up_row_has_the_number_m_and_a_subject_that_no_row_has(questions, monkeypatch):
