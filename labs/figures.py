@@ -38,7 +38,7 @@ class Flags:
     """What to draw."""
     diagram: bool = False       # the three phases
     movie: bool = False         # two runs of phase 1: their latents, and their numbers
-    table: bool = False         # exact match of four systems, as a table and as bars
+    table: bool = False         # exact match of five systems, as a table and as bars
     thumbnails: bool = False    # one picture of each notebook
     transcript: str = ""        # a file with the output of train.py
     samples: str = ""           # the folder of a run, to be asked
@@ -53,11 +53,12 @@ def write_block(name, body):
         raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} --> once")
     README.write_text(page, encoding="utf-8")
 
-# -- the result: exact match of four systems -------------------------------------------------------
+# -- the result: exact match of five systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
 SYSTEMS = {
     "default": ("default: latents and tokens", BLUE),
     "recipe=latent": ("latents alone", RED),
+    "masked LM": ("tokens alone (masked LM)", GREEN),
     "default from random-init encoder": ("default without phase 1", ORANGE),
     "GPT": ("GPT of the encoder's size", PURPLE),
 }
@@ -65,26 +66,26 @@ COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_held
 FLOOR = "commonest DEC answer"
 # how a question is typed -> its phrasing in the results
 WORDINGS = {
-    "in a held-out wording, in any case": "heldout",
-    "as people write": "natural",
-    "with one typo": "typo",
+    "held-out wording, any letter case": "heldout",
+    "natural wording": "natural",
+    "held-out wording, one typo": "typo",
 }
 
 def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
     figure = Canvas((9, 4), layout="constrained")
     axis = figure.subplots()
-    width = 0.2
+    width = 0.17
     for number, (arm, (name, colour)) in enumerate(SYSTEMS.items()):
         found = [over_seeds(rows, arm, figure_name) for figure_name in COLUMNS.values()]
-        places = [group + (number - 1.5) * width for group in range(len(COLUMNS))]
+        places = [group + (number - 2) * width for group in range(len(COLUMNS))]
         means = [one.mean for one in found]
         axis.bar(places, means, width * 0.9, color=colour, label=name)
         deviations = [one.deviation or 0 for one in found]      # None: of one seed
         axis.errorbar(places, means, yerr=deviations, fmt="none", ecolor="0.15", capsize=3, lw=1.2)
         for place, one, deviation in zip(places, found, deviations):
             top = one.mean + deviation + 0.02
-            axis.text(place, top, f"{one.mean:.2f}".removeprefix("0"), ha="center", fontsize=9)
+            axis.text(place, top, f"{one.mean:.2f}".removeprefix("0"), ha="center", fontsize=8)
     for group, figure_name in enumerate(COLUMNS.values()):
         floor = over_seeds(rows, FLOOR, figure_name).mean
         label = "the relation's commonest DEC answer" if group == 0 else None
@@ -117,8 +118,8 @@ def write_table(rows):
         lines.append([wording, *(cell(over_seeds(rows, *one)) for one in wanted)])
     refused = [cell(over_seeds(rows, "default", name))
                for name in ("abstain", "abstain_typing", "abstain_nonsense")]
-    note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; typed with the same "
-            f"noise: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
+    note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; with one "
+            f"typo: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
     write_block("typed", f"{markdown(lines)}\n\n{note}")
 
 # -- transcripts and thumbnails --------------------------------------------------------------------
