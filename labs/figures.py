@@ -118,8 +118,8 @@ def write_table(rows):
         lines.append([wording, *(cell(over_seeds(rows, *one)) for one in wanted)])
     refused = [cell(over_seeds(rows, "default", name))
                for name in ("abstain", "abstain_typing", "abstain_nonsense")]
-    note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; in small "
-            f"letters, without a mark or with a typo: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
+    note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; in small letters, "
+            f"without a mark or with a typo: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
     write_block("typed", f"{markdown(lines)}\n\n{note}")
 
 # -- transcripts and thumbnails --------------------------------------------------------------------
