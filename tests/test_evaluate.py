@@ -1,0 +1,99 @@
+"""What the figures of questions mean: who counts, in which wording, and what a tie is."""
+import types
+
+import pytest
+import torch
+
+import data
+import evaluate
+
+
+def questions_of(*rows):
+    """A `data.Questions` of rows (split, phrasing, relation, answer), without tokens."""
+    found = data.Questions.__new__(data.Questions)
+    found.rows = [data.QA(split, phrasing, relation, "s", "q", answer)
+                  for split, phrasing, relation, answer in rows]
+    found.tokens = torch.zeros(len(rows), 1, dtype=torch.long)
+    return found
+
+
+def run_that_says(monkeypatch, said, distances):
+    """A run whose thought number i is spoken as said[i], at distances[i] from the concepts."""
+    monkeypatch.setattr(evaluate, "say", lambda run, which: [said[i] for i in which.latent.tolist()])
+    monkeypatch.setattr(evaluate, "concept_distance",
+                        lambda run, latent: torch.tensor(distances))
+    thoughts = types.SimpleNamespace(latent=torch.arange(len(said)))
+    thoughts.rows = lambda rows: types.SimpleNamespace(latent=thoughts.latent[rows])
+    return types.SimpleNamespace(device="cpu"), thoughts
+
+
+# -- the threshold ---------------------------------------------------------------------------------
+
+MADE_UP = [("NEVER", "made_up", "r", "")] * 11
+
+
+@pytest.mark.parametrize("other", [
+    ("NEVER", phrasing, "r", "") for phrasing in ("heldout", "typed", "typo", "natural", "nonsense")])
+def test_the_threshold_reads_no_question_of_the_test(other):
+    questions = questions_of(*MADE_UP, *[other] * 50)
+    distance = torch.cat((10.0 + torch.arange(11.0), torch.zeros(50)))
+    assert evaluate.threshold_of(questions, distance) == pytest.approx(11.0)
+
+
+def test_a_pair_of_ones_own_that_was_added_lies_within_the_threshold():
+    """The pairs of --phase=teach are NEW; they are taught as those of --qa are, DEC."""
+    rows = [("DEC", "trained", "qa", "a"), ("NEW", "trained", "qa", "b"), MADE_UP[0]]
+    assert evaluate.threshold_of(questions_of(*rows), torch.tensor([1.0, 8.0, 2.0])) > 8.0
+
+
+# -- not knowing -----------------------------------------------------------------------------------
+
+def test_abstention_counts_what_lies_beyond_the_threshold_by_wording():
+    """Threshold 11: of two questions a wording one lies beyond it, of the nonsense both."""
+    asked = [("NEVER", phrasing, "r", "") for phrasing in
+             ("heldout", "heldout", "typo", "lower", "no_mark", "typo", "nonsense", "nonsense")]
+    known = [("DEC", "heldout", "r", "a")] * 2
+    distance = [*range(10, 21), 9.0, 12.0, 9.0, 9.0, 9.0, 12.0, 12.0, 12.0, 9.0, 1.0]
+    figures = evaluate.abstention(questions_of(*MADE_UP, *asked, *known), torch.tensor(distance))
+    assert figures["threshold"] == pytest.approx(11.0)
+    assert [figures[name] for name in ("abstain", "abstain_typing", "abstain_nonsense")] == [
+        0.5, 0.25, 1.0]
+    # 12 is farther than 9 and 1; 9 only than 1, since a tie does not separate
+    assert figures["auroc"] == pytest.approx(3 / 4)
+
+
+# -- speech ----------------------------------------------------------------------------------------
+
+def test_exact_match_is_the_whole_answer_and_sure_is_within_the_threshold(monkeypatch):
+    rows = [*MADE_UP, *[("DEC", "heldout", "r", "Paris")] * 3, ("LAT", "heldout", "r", "Rome")]
+    said = ["Oslo"] * 11 + ["Paris", "Paris", "Paris, it is", "Rome"]
+    distances = [*torch.arange(10.0, 21.0).tolist(), 3.0, 30.0, 3.0, 3.0]
+    run, thoughts = run_that_says(monkeypatch, said, distances)
+    figures = evaluate.exact_match(run, questions_of(*rows), thoughts)
+    assert figures["em_DEC_heldout"] == pytest.approx(2 / 3)
+    assert figures["sure_DEC_heldout"] == pytest.approx(1 / 3)
+    assert figures["em_LAT_heldout"] == figures["sure_LAT_heldout"] == 1
+
+
+def test_the_control_is_the_thought_of_another_question(monkeypatch):
+    """A decoder that says only what its thought says is wrong with another's thought."""
+    n = 40
+    rows = [("DEC", "heldout", "r", f"answer {i}") for i in range(n)]
+    run, thoughts = run_that_says(monkeypatch, [row[-1] for row in rows], [1.0] * n)
+    figures = evaluate.exact_match(run, questions_of(*rows), thoughts)
+    assert figures["em_DEC_heldout"] == 1 and figures["em_shuffled"] < 0.2
+
+
+# -- thoughts --------------------------------------------------------------------------------------
+
+def test_recall_is_among_the_answers_of_the_relation_and_a_tie_is_lost(monkeypatch):
+    """Three answers; the relation of the question has the first two, the third lies nearer."""
+    table = torch.tensor([[0.0], [4.0], [2.1]])
+    latent = torch.tensor([[1.9], [2.0], [2.2]])
+    questions = questions_of(*[("DEC", "heldout", "r", "a")] * 3)
+    questions.answer_of = torch.tensor([0, 0, 0])
+    questions.rivals_of = lambda rows: torch.tensor([[True, True, False]]).expand(len(rows), 3)
+    monkeypatch.setattr(evaluate, "think_all",
+                        lambda run, tokens: types.SimpleNamespace(latent=latent))
+    run = types.SimpleNamespace(concepts=table)
+    assert evaluate.recall(run, questions, table)["r1_DEC_heldout"] == pytest.approx(1 / 3)
