@@ -294,7 +294,7 @@ def test_the_gpt_sees_the_typing_noise_of_phase_2_and_no_made_up_subject(
     encode = corpus.tokenizer.encode_question
     known = {tuple(encode(row.question)) for row in questions.rows if row.phrasing == "trained"}
     changed = sum(ids not in known for ids in read) / len(read)
-    assert len(read) == 512 and 0.6 * noise <= changed <= 0.85 * noise
+    assert len(read) == 512 and 0.75 * noise <= changed <= 0.95 * noise
 
 
 def test_a_gpt_learns_to_answer_and_its_vectors_can_teach(toy):
