@@ -273,7 +273,7 @@ class Seer(nn.Module):
     def trained_in(self, phase):
         """Eyes and predictor; the decoder where the arm says so."""
         parts = [self.predictor]
-        if self.options.eye == "trained":
+        if self.options.eye in ("trained", "shuffled"):
             parts.append(self.eye)
         if self.options.decoder != "frozen":
             parts.append(self.decoder)
