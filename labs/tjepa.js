@@ -29,7 +29,7 @@ class Tokenizer {
 
   encode(text) {
     const bytes = piece => String.fromCharCode(...new TextEncoder().encode(piece));
-    return text.match(this.pattern).flatMap(piece => this.merge(bytes(piece)));
+    return (text.match(this.pattern) ?? []).flatMap(piece => this.merge(bytes(piece)));
   }
 
   /** Ids of a question, each word in its usual case. */
