@@ -13,6 +13,7 @@ import os
 import pickle
 import struct
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -71,7 +72,9 @@ def unpack(content):
             raise ValueError("a checkpoint is not compressed")
         if archive.testzip():
             raise ValueError("a checksum is wrong")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():     # torch warns of a pickle that is not its own; it is refused
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 def content_of(rows):
     """A fingerprint of questions, or of a tensor: equal if their content is equal."""

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import warnings
 import zipfile
 
 import numpy as np
@@ -398,6 +399,15 @@ def test_a_foreign_checkpoint_is_refused_and_runs_no_code(refused, tmp_path, mon
     write_checkpoint(tmp_path, foreign, sealed)
     assert "ckpt.pt" in refused("--resume", f"--out={tmp_path}")
     assert not (tmp_path / "gotcha").exists()
+
+
+def test_a_pickle_of_another_protocol_is_read_in_silence():
+    """torch warns of it, and a refusal must be one line."""
+    buffer = io.BytesIO()
+    torch.save(dict(format=train.FORMAT), buffer, pickle_protocol=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoints.unpack(buffer.getvalue()) == dict(format=train.FORMAT)
 
 
 @pytest.mark.parametrize("sealed", [True, False])
