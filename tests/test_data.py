@@ -164,6 +164,29 @@ def test_the_fingerprint_is_of_the_content(facts):
     assert data.load(train.Config(vocab_size=310)).fingerprint != before
 
 
+def test_the_tokenizer_sees_trained_wordings_of_what_exists_alone(facts, monkeypatch):
+    """A held-out wording or an invented name that it saw would be cut into fewer tokens."""
+    seen = []
+
+    def watched(text, n):
+        seen.append(text)
+        return train_bpe(text, n)
+    monkeypatch.setattr(prepare, "train_bpe", watched)
+    folder = prepare.prepare(vocab_size=300)
+    sample, = seen
+    questions = data.read_rows(folder / "qa.tsv", data.QA)
+    may_see = {row.question for row in questions
+               if row.phrasing == "trained" and row.split != "NEVER"}
+    others = {row.question for row in questions} - may_see
+    invented = {row.question for row in questions
+                if row.phrasing == "trained" and row.split == "NEVER"}
+    held_out = [row.statement.replace("{a}", row.answer)
+                for row in data.read_rows(folder / "cloze.tsv", data.Cloze)]
+    lines = sample.split("\n")
+    assert may_see <= set(lines) and invented and not others & set(lines)
+    assert held_out and not any(statement in sample for statement in held_out)
+
+
 def test_git_ignores_what_is_prepared():
     names = ["data/facts/tiny-0123/meta.json", "data/facts/all-0123.4567.part/train.bin"]
     root = Path(prepare.__file__).parents[2]
@@ -434,6 +457,16 @@ def test_own_text_is_read_whatever_its_script(tmp_path):
         corpus = data.load(train.Config(**FLAGS | dict(data=str(path), block_size=4)))
         tokens = np.concatenate([corpus.train.tokens, corpus.val.tokens])
         assert corpus.tokenizer.decode(tokens.tolist()) == text
+
+
+def test_the_last_tenth_of_an_own_text_is_held_out_and_is_not_read(tmp_path):
+    """No word comes twice, so that a token of both parts would be seen."""
+    text = " ".join(f"{number:05}" for number in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+    corpus = data.load(train.Config(**FLAGS | dict(data=str(tmp_path / "text.txt"))))
+    read, held_out = corpus.train.tokens, corpus.val.tokens
+    assert corpus.tokenizer.encode(text) == [*read, *held_out]
+    assert len(held_out) == pytest.approx(len(read) / 9, rel=0.01)
 
 
 def test_every_text_is_read_and_written_as_utf8():

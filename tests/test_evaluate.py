@@ -6,6 +6,7 @@ import torch
 
 import data
 import evaluate
+from tests.toy import make, rows
 
 
 def questions_of(*rows):
@@ -97,3 +98,56 @@ def test_recall_is_among_the_answers_of_the_relation_and_a_tie_is_lost(monkeypat
                         lambda run, tokens: types.SimpleNamespace(latent=latent))
     run = types.SimpleNamespace(concepts=table)
     assert evaluate.recall(run, questions, table)["r1_DEC_heldout"] == pytest.approx(1 / 3)
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+def test_phase_1_is_measured_on_held_out_text():
+    """A corpus without a training part is enough."""
+    model, read = make(), []
+
+    def batch(n):
+        read.append(n)
+        return rows(n)
+    corpus = types.SimpleNamespace(val=types.SimpleNamespace(batch=batch))
+    run = types.SimpleNamespace(model=model, cfg=model.cfg, corpus=corpus, device="cpu")
+    figures = evaluate.evaluate_text(run, 8)
+    assert read == [8] and {"val_r2", "hit1", "rank", "health"} <= figures.keys()
+
+
+def test_the_weight_of_the_prior_is_fitted_on_training_text(monkeypatch):
+    """There the energy is right and the frequency wrong, in held-out text it is the reverse: what
+    was fitted on held-out text would be right."""
+    words, n = torch.arange(5), 8
+    prior = torch.tensor([0.0, -1.0, -2.0, -3.0, -4.0])         # word 0 is the commonest
+
+    def hide_words(run, text, rows, first=0):
+        own = torch.full((n,), 1 if text == "train" else 0)
+        return None if first else evaluate.HiddenWords(text, None, own, words, prior)
+
+    def word_scores(run, hidden):
+        return dict(energy=torch.nn.functional.one_hot(torch.ones(n).long(), 5).float())
+    monkeypatch.setattr(evaluate, "hide_words", hide_words)
+    monkeypatch.setattr(evaluate, "word_scores", word_scores)
+    run = types.SimpleNamespace(corpus=types.SimpleNamespace(train="train", val="val"))
+    figures = evaluate.hidden_words(run)
+    assert figures["word_unigram_hit1"] == 1 and figures["word_energy_hit1"] == 0
+    assert figures["word_prior_hit1"] == 0
+
+
+def test_the_cloze_is_among_the_answers_of_the_text_or_among_all_values(monkeypatch):
+    """The lowest energy is that of a value that the text never names, the next one is right."""
+    def gap_energy(run, tokenizer, before, values, after):
+        right = "Rome" if "Italy" in before else "Paris"
+        energy = {"Atlantis": 0.0, right: 1.0}
+        return torch.tensor([energy.get(value, 2.0) for value in values])
+    monkeypatch.setattr(evaluate, "gap_energy", gap_energy)
+    items = [data.Cloze("DEC", "capital", f"The capital of {land} is {{a}}.", answer)
+             for land, answer in (("France", "Paris"), ("Italy", "Rome"))]
+    items.append(data.Cloze("DEC", "river", "{a} flows.", "Rhine"))
+    values = dict(capital=["Atlantis", "Paris", "Rome"], river=["Rhine"])
+    run = types.SimpleNamespace(
+        corpus=types.SimpleNamespace(cloze=items, values=values, tokenizer=None))
+    assert evaluate.cloze(run, "capital") == dict(
+        cloze_capital=1, cloze_capital_chance=1 / 2, cloze_capital_all=0,
+        cloze_capital_all_chance=1 / 3)

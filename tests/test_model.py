@@ -357,6 +357,33 @@ def test_the_latent_head_reads_no_answer_token(model):
     assert torch.equal(*losses)
 
 
+def test_phase_2_drops_question_tokens_and_a_question_that_is_asked_keeps_them(monkeypatch):
+    """question_drop is for the loss of phase 2 alone."""
+    model, dropped = make(question_drop=0.3), []
+    think = model.think
+
+    def watched(tokens, drop=0.0):
+        dropped.append(drop)
+        return think(tokens, drop)
+    monkeypatch.setattr(model, "think", watched)
+    loss_of(model, "distill")
+    model.think(rows())
+    assert dropped == [0.3, 0.0]
+
+
+def test_an_inexact_thought_leans_to_another_and_has_noise():
+    """Equal thoughts get noise alone; of long ones, at most a share of `noise` is another row."""
+    model = make(noise=0.3)
+    torch.manual_seed(0)
+    assert model.blur(torch.ones(200, 32)).sub(1).std().item() == pytest.approx(0.3, rel=0.05)
+    mixed = model.blur(1e6 * torch.eye(64)) / 1e6
+    own = mixed.diagonal()
+    assert own.min() > 0.69 and own.mean().item() == pytest.approx(0.85, abs=0.03)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(64), atol=1e-3, rtol=0)
+    exact = torch.randn(8, 32)
+    assert torch.equal(make(noise=0.0).blur(exact), exact)
+
+
 def test_speech_ends_at_eos_and_pads_after_it(model, monkeypatch):
     """A row that has ended says nothing more; when all have ended, generation stops."""
     script = iter(torch.tensor([[5, EOS], [EOS, 3], [7, 7]]))

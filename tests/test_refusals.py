@@ -292,6 +292,22 @@ def test_a_later_phase_cannot_change_what_phase_1_was(world, refused, tmp_path, 
     assert flag.split("=")[0] in refused("--phase=distill", f"--out={cfg.out}", flag)
 
 
+# Another value of all that shapes a model or its reading. A list of its own: a name that is missing
+# in train.FIXED must be missed here.
+OTHERS = dict(recipe="latent", facts="all", tokenizer="gpt2", vocab_size=300, block_size=16,
+              n_layer=1, n_head=1, n_embd=64, pred_layer=2, pred_embd=32, mlm=0.0, top_k=1,
+              target_norm=False, embed_scale=2.0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_shapes_the_model_stays_when_a_run_is_resumed(world, name):
+    """Some of it changes no size of a weight: the run would go on, with another function."""
+    asked = dict(resume=True, out=world.cfg.out)
+    assert getattr(train.resolve(asked), name) != OTHERS[name]
+    with pytest.raises(ValueError, match=f"^--{name}={OTHERS[name]}, but the run in --out="):
+        train.resolve(asked | {name: OTHERS[name]})
+
+
 def test_a_preset_counts_flag_by_flag_when_a_run_goes_on(world, refused):
     """Its facts=all contradicts a run on the tiny part."""
     said = refused("--phase=speak", f"--out={world.cfg.out}", "--preset=laptop")

@@ -2,6 +2,8 @@
 import csv
 import re
 import shutil
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +236,42 @@ def test_what_phase_3_may_not_say_stays_unsaid(taught, monkeypatch):
         assert len(said) >= n
     rows = run.questions.rows
     assert heard == {row.answer for row in rows if row.split in ("DEC", "NEW")}
+
+
+def drawn(monkeypatch, phase):
+    """What a phase gives to `Questions.drawing`: the rows asked about, and its other arguments.
+
+    Three questions are NEW, 36 are taught already; shares that no default has.
+    """
+    rows = facts() + [data.QA("NEW", "trained", "colour", "fern", wording.replace("{s}", "fern"),
+                              "teal") for wording in WORDINGS]
+    tokenizer = data.Tokenizer(data.train_bpe(" ".join(row.question for row in rows), 300))
+    questions = data.Questions(rows, tokenizer, 64, 16, "cpu")
+    caught = []
+
+    def drawing(asked, n, noise=0.0, unknown=0.0):
+        caught.append(([rows[i] for i in asked.tolist()], n, noise, unknown))
+    monkeypatch.setattr(questions, "drawing", drawing)
+    cfg = train.Config(qa_batch_size=24, question_noise=0.35, made_up=0.15)
+    phase(train.Run(cfg, None, SimpleNamespace(tokenizer=tokenizer), "cpu", None, questions,
+                    torch.zeros(len(questions.answers), 4)))
+    (asked, *others), = caught
+    return asked, others
+
+
+@pytest.mark.parametrize("phase", [train.distill, train.teach])
+def test_questions_are_drawn_with_the_noise_and_the_made_up_subjects_of_the_flags(
+        monkeypatch, phase):
+    """The threshold and all figures of typed questions rest on it."""
+    assert drawn(monkeypatch, phase)[1] == [24, 0.35, 0.15]
+
+
+def test_half_of_a_teaching_is_new_and_half_is_all_that_was_taught(monkeypatch):
+    """A few pairs are repeated until they are half; without the others these are forgotten."""
+    asked = Counter(drawn(monkeypatch, train.teach)[0])
+    taught = [row for row in facts() if row.phrasing == "trained"]
+    assert len(taught) == 36 and all(asked.pop(row) == 1 for row in taught)
+    assert {row.split for row in asked} == {"NEW"} and list(asked.values()) == [12, 12, 12]
 
 
 def test_a_second_teaching_keeps_the_pairs_of_the_first(taught):

@@ -21,7 +21,7 @@ import report
 import train
 from data.facts.prepare import read_tsv
 from labs.runs import open_run
-from tests.toy import FLAGS, PAIRS, as_argv, config, random_vectors, weights
+from tests.toy import FLAGS, PAIRS, as_argv, config, loss_of, make, random_vectors, weights
 
 ONE_STEP = dict(pretrain_steps=1, distill_steps=2, speak_steps=2)
 
@@ -217,6 +217,45 @@ def test_the_optimizer_gets_the_learning_rate_of_the_step(world):
     assert {20, 40, 60, 80, 100} <= rates.keys()
     for step, rate in rates.items():
         assert rate == train.learning_rate(step - 1, 100, FLAGS["speak_lr"], world.cfg.warmup)
+
+
+def one_step(folder, **changes):
+    """`train.fit` for a single step of phase 1 of a small model: (model, optimizer, log)."""
+    model, saved = make(ema_half_life=1), []
+    cfg = train.Config(out=str(folder), pretrain_steps=1, pretrain_lr=0.01, **changes)
+    run, log = train.Run(cfg, model, None, "cpu", None), report.Log(cfg.out, [])
+    train.fit(run, "pretrain", lambda progress: (loss_of(model, "pretrain"), {}),
+              lambda whole: {}, log, lambda step, optimizer, evaluated: saved.append(optimizer))
+    return model, saved[-1], log
+
+
+def test_the_target_follows_the_weights_that_a_step_has_changed(tmp_path):
+    """Half-life 1: it ends halfway between where both began and the new context encoder."""
+    before = make().context_encoder.embed.weight
+    model, _, _ = one_step(tmp_path)
+    after = model.context_encoder.embed.weight
+    assert (after - before).abs().max() > 5e-3
+    torch.testing.assert_close(model.target_encoder.embed.weight, (before + after) / 2)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_the_optimizer_gets_a_gradient_no_longer_than_clip(tmp_path, clip):
+    """The first moment of AdamW is a tenth of its first gradient; the log has the length before."""
+    _, optimizer, log = one_step(tmp_path, clip=clip)
+    moments = [state["exp_avg"].norm() for state in optimizer.state.values()]
+    length = log.rows[-1]["grad"]
+    assert 1e-2 < length < 1e6
+    found = torch.stack(moments).norm().item()
+    assert found == pytest.approx(0.1 * min(length, clip), rel=1e-2)
+
+
+@pytest.mark.parametrize("echo, n_echo", [(0.0, 0), (0.2, 4), (0.75, 15)])
+def test_echo_is_the_share_of_echoes_in_each_part_of_a_batch(echo, n_echo):
+    """Of ten questions and thirty answers: two parts of twenty lessons."""
+    run = SimpleNamespace(cfg=SimpleNamespace(qa_batch_size=40, accum=2, echo=echo), device="cpu")
+    lessons = SimpleNamespace(texts=torch.zeros(40, 3), n_questions=10)
+    for part in train.draw_lessons(run, lessons).chunk(2):
+        assert len(part) == 20 and (part >= 10).sum() == n_echo
 
 
 def test_tokens_a_second_are_those_of_steps_and_not_of_evaluations(world, tmp_path, monkeypatch):
