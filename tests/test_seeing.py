@@ -142,6 +142,7 @@ def test_a_blind_arm_sees_nothing_and_padding_asks_nothing(side):
 
 @pytest.mark.parametrize("change, trained", [
     ({}, {"eye", "predictor"}), (dict(eye="random"), {"predictor"}),
+    (dict(eye="shuffled"), {"eye", "predictor"}), (dict(eye="blind"), {"predictor"}),
     (dict(decoder="tuned"), {"eye", "predictor", "decoder"})])
 def test_only_what_an_arm_trains_changes(side, tmp_path, change, trained):
     """The text side stays as it is, bit by bit, unless the decoder is tuned."""

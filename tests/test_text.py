@@ -14,7 +14,7 @@ import sample
 import tjepa
 import train
 from labs.runs import open_run
-from labs.text import greedy_fill
+from labs.text import gpt_fill, greedy_fill
 from tests.toy import FLAGS, as_argv, config, weights, write_corpus
 
 TINY = FLAGS | dict(n_embd=16, n_layer=1, top_k=1, pretrain_steps=4, speak_steps=8, eval_every=4)
@@ -364,6 +364,18 @@ def test_a_filling_that_is_always_right_has_exact_match_1(run, monkeypatch):
         return torch.nn.functional.one_hot(ids, run.model.cfg.vocab_size).float()
     monkeypatch.setattr(run.model, "word_logits", knows, raising=False)
     assert greedy_fill(run, 64) == dict(gap_em=1.0, gap_f1=1.0)
+
+
+def test_a_gpt_that_is_always_right_has_exact_match_1(run):
+    """It has no predictor: the gaps are those of a T-JEPA, and it reads them at their places."""
+    cfg = run.model.cfg
+    model = SimpleNamespace(
+        cfg=cfg,
+        after_bos=lambda tokens: tokens,
+        # the state before a token knows it
+        states=lambda tokens: torch.nn.functional.one_hot(tokens, cfg.vocab_size).float(),
+        say=lambda states: states)
+    assert gpt_fill(run._replace(model=model), 64) == dict(gap_em=1.0, gap_f1=1.0)
 
 
 @pytest.fixture

@@ -640,41 +640,6 @@ def test_rows_end_at_the_end_of_their_document():
     assert len(rows) == 2 + 13
 
 
-def threshold(*rows):
-    """The threshold for rows of (split, phrasing, relation, distance)."""
-    found = data.Questions.__new__(data.Questions)
-    found.rows = [data.QA(split, phrasing, relation, "s", "q", "a")
-                  for split, phrasing, relation, _ in rows]
-    found.tokens = torch.zeros(len(rows), 1)
-    return evaluate.threshold_of(found, torch.tensor([row[-1] for row in rows]))
-
-
-def test_a_question_of_ones_own_that_was_taught_is_never_unknown_by_rounding():
-    """Also where others hold it in other words (--qa_val), or where no made-up row fits: asked
-    alone, a distance differs in the last digits."""
-    taught = [("DEC", "trained", "qa", 1.0), ("DEC", "trained", "qa", 3.0)]
-    reworded, made_up = ("DEC", "heldout", "qa", 9.0), ("NEVER", "made_up", "qa", 2.0)
-    for rows in (taught, taught + [made_up], taught + [made_up] * 5):
-        assert 3.0 * 1.01 < threshold(*rows) < 3.0 * 1.1
-    assert threshold(*taught, reworded, made_up) == pytest.approx(9.0)
-
-
-def test_half_of_what_is_known_is_never_refused():
-    """--made_up=0 leaves made-up subjects as near as known ones."""
-    known = [("DEC", "heldout", "r", float(i)) for i in range(11)]
-    assert threshold(*known, ("NEVER", "made_up", "r", 0.5)) == pytest.approx(5.0)
-
-
-def test_the_threshold_refuses_nine_of_ten_made_up_subjects():
-    """The final evaluation has no say in it."""
-    made_up = [("NEVER", "made_up", "r", 10.0 + i) for i in range(11)]
-    others = [("DEC", "heldout", "r", 3.5), ("LAT", "heldout", "r", 30.0),
-              ("DEC", "trained", "r", 40.0), ("DEC", "natural", "r", 3.8),
-              ("NEVER", "heldout", "r", 3.1), ("NEVER", "nonsense", "none", 0.1)]
-    for kept in (made_up + others[:1], others + made_up[::-1]):
-        assert threshold(*kept) == pytest.approx(11.0)
-
-
 def test_help_lists_every_flag_with_its_reason(capsys):
     """The comment of a field is its help, word by word, however it is wrapped."""
     with pytest.raises(SystemExit) as stop:
