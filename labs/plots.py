@@ -205,11 +205,10 @@ def speed(step, answer, rows):
     """Cost of a training step and of an answer: one run, no error bars."""
     widths = (128, 256, 512)
     lengths = (1, 4, 16, 64)
-    for label, name, colour in (("step: default, fp32", "pretrain, width {}, fp32", BLUE),
-                                ("step: default, bf16", "pretrain, width {}, bf16", GREEN),
-                                ("step: latents, fp32", "latents alone, width {}, fp32", RED),
-                                ("step: latents, bf16", "latents alone, width {}, bf16", None)):
-        arm = f"Training step: phase 1, {name}"
+    for label, name, colour in (("step: default", "phase 1, pretrain", BLUE),
+                                ("step: latents alone", "phase 1, latents alone", RED),
+                                ("step: GPT of our blocks", "GPT of our blocks", GREEN)):
+        arm = f"Training step: {name}, width {{}}, fp32"
         curve(step, {x: over_seeds(rows, arm.format(x), "ratio") for x in widths}, label, colour)
     for name, colour in (("T-JEPA", ORANGE), ("GPT of equal FLOPs", PURPLE)):
         arm = f"Question of 11 tokens, answer of {{}}: {name}, width 512, fp32"
@@ -217,7 +216,7 @@ def speed(step, answer, rows):
         curve(answer, points, f"answer: {name}", colour)
     log_axis(step, widths)
     log_axis(answer, lengths)
-    step.set(title="a training step, CPU", xlabel="width", ylabel="time / nanoGPT's step, fp32",
+    step.set(title="a training step, CPU", xlabel="width", ylabel="time / nanoGPT's step",
              ylim=(0, 1.5))
     answer.set(title="an answer, CPU, width 512", xlabel="tokens of the answer",
                ylabel="time / GPT of equal parameters", ylim=(0, 1.5))
