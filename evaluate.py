@@ -23,6 +23,7 @@ A fact's split says how it was taught: DEC, LAT, TXT, NEVER (data/facts), NEW (-
 n is a number of rows, A of answers, T of tokens, S of spans; C and D are latent widths.
 """
 import dataclasses
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -330,7 +331,8 @@ def recall(run, questions, table, cells=2 ** 24):
 
     r1 = by_split(questions, "r1", rank == 1)
     mrr = by_split(questions, "mrr", 1 / rank)
-    return r1 | mrr | abstention(questions, concept_distance(run, thoughts.latent))
+    return r1 | mrr | abstention(questions, concept_distance(run, thoughts.latent),
+                                run.threshold)
 
 def usual_phrasing(questions):
     """heldout, or trained where no wording is held out."""
@@ -339,13 +341,14 @@ def usual_phrasing(questions):
 # share of the questions about made-up subjects that is answered "I don't know"
 REFUSED = 0.9
 
-def threshold_of(questions, distance):
+def threshold_of(questions, distance, most=math.inf):
     """How far a thought may lie from the nearest known concept before it is called unknown.
 
     distance (n,): to the nearest concept. REFUSED of the questions about made-up subjects lie
-    beyond it; no test reads them. But half of the known ones lie within it, and of pairs of one's
-    own all that are taught; the margin is for rounding: asked alone, or in bf16, a distance differs
-    a little.
+    beyond it; no test reads them. most: it is no higher, because what was unknown before facts were
+    added stays unknown. But half of the known ones lie within it, and of pairs of one's own all
+    that are taught; the margin is for rounding: asked alone, or in bf16, a distance differs a
+    little.
     """
     def quantile(share, *splits, phrasing):
         """The distance below which a share of some questions lies; 0 if there are none."""
@@ -355,24 +358,24 @@ def threshold_of(questions, distance):
     known = quantile(0.5, "DEC", "NEW", phrasing=usual_phrasing(questions))
     if any(row.relation == "qa" and row.split == "DEC" for row in questions.rows):
         known = max(known, 1.05 * quantile(1, "DEC", "NEW", phrasing="trained"))
-    return max(known, quantile(1 - REFUSED, "NEVER", phrasing="made_up"))
+    return max(known, min(most, quantile(1 - REFUSED, "NEVER", phrasing="made_up")))
 
 def concept_distance(run, latent, size=4096):
     """Distance of each thought (n, D) to the nearest concept, (n,)."""
     parts = [torch.cdist(rows, run.concepts).amin(1) for rows in latent.split(size)]
     return torch.cat(parts)
 
-def abstention(questions, distance):
+def abstention(questions, distance, most=math.inf):
     """The distance of a thought to the nearest known concept, (n,), as a sign of not knowing.
 
-    threshold           see `threshold_of`
+    threshold           see `threshold_of`, which reads most
     abstain             share of NEVER questions beyond it, in held-out wordings if there are any
     abstain_typing      the same with the noise of the test
     abstain_nonsense    share of the lines of nonsense beyond it
     auroc               chance that a NEVER question lies farther away than a DEC question of the
                         same wording
     """
-    figures = {"threshold": threshold_of(questions, distance)}
+    figures = {"threshold": threshold_of(questions, distance, most)}
     beyond = (distance > figures["threshold"]).float()
     usual = usual_phrasing(questions)
     wordings = {"abstain": usual, "abstain_typing": TYPING, "abstain_nonsense": "nonsense"}
@@ -422,7 +425,7 @@ def exact_match(run, questions, thoughts):
     right = torch.zeros(len(questions.rows), dtype=torch.bool, device=run.device)
     right[spoken] = says_its_answer(spoken, thoughts.rows(spoken))
     distance = concept_distance(run, thoughts.latent)
-    known = distance <= threshold_of(questions, distance)
+    known = distance <= threshold_of(questions, distance, run.threshold)
     figures = by_split(questions, "em", right) | by_split(questions, "sure", right & known)
 
     control = questions.where("DEC", "LAT", phrasing=usual_phrasing(questions))

@@ -389,6 +389,7 @@ class Run(NamedTuple):
     questions: data.Questions | None = None
     concepts: torch.Tensor | None = None    # (A, D) the standardised latents L_a of all answers
     teacher: align.Teacher | None = None    # the run that --distill=align imitates
+    threshold: float = math.inf             # before facts were added: they do not loosen it
 
     def autocast(self):
         """bf16 where --dtype says so."""
@@ -1186,6 +1187,9 @@ def open_run(cfg, corpus, model):
     this = Run(cfg, net, corpus, device, dtype, questions, None, teacher)
     if phase_2_has_begun:
         this = this._replace(concepts=known_concepts(this, checkpoint))
+    if phases == ("teach",):
+        before = report.newest(row for row in checkpoint["rows"] if row["phase"] != "teach")
+        this = this._replace(threshold=before.get("threshold", math.inf))
     if cfg.resume:                      # checks the saved one, before anything is written
         make_optimizer(this, checkpoint["phase"], checkpoint["optimizer"])
     return Opened(this, phases, left, checkpoint, vectors, added)

@@ -1,4 +1,5 @@
 """What the figures of questions mean: who counts, in which wording, and what a tie is."""
+import math
 import types
 
 import pytest
@@ -25,7 +26,7 @@ def run_that_says(monkeypatch, said, distances):
                         lambda run, latent: torch.tensor(distances))
     thoughts = types.SimpleNamespace(latent=torch.arange(len(said)))
     thoughts.rows = lambda rows: types.SimpleNamespace(latent=thoughts.latent[rows])
-    return types.SimpleNamespace(device="cpu"), thoughts
+    return types.SimpleNamespace(device="cpu", threshold=math.inf), thoughts
 
 
 # -- the threshold ---------------------------------------------------------------------------------
@@ -79,6 +80,15 @@ def test_the_threshold_refuses_nine_of_ten_made_up_subjects():
         assert threshold(*kept) == pytest.approx(11.0)
 
 
+def test_facts_that_are_added_do_not_loosen_the_threshold():
+    """It stays below that of phase 2; but half of what is known still lies within it."""
+    questions = questions_of(*MADE_UP, *[("DEC", "heldout", "r", "a")] * 3)
+    made_up = 10.0 + torch.arange(11.0)
+    for most, known, wanted in ((20.0, 2.0, 11.0), (9.0, 2.0, 9.0), (9.0, 9.5, 9.5)):
+        distance = torch.cat((made_up, torch.tensor([1.0, known, 30.0])))
+        assert evaluate.threshold_of(questions, distance, most) == pytest.approx(wanted)
+
+
 # -- not knowing -----------------------------------------------------------------------------------
 
 def test_abstention_counts_what_lies_beyond_the_threshold_by_wording():
@@ -128,7 +138,7 @@ def test_recall_is_among_the_answers_of_the_relation_and_a_tie_is_lost(monkeypat
     questions.rivals_of = lambda rows: torch.tensor([[True, True, False]]).expand(len(rows), 3)
     monkeypatch.setattr(evaluate, "think_all",
                         lambda run, tokens: types.SimpleNamespace(latent=latent))
-    run = types.SimpleNamespace(concepts=table)
+    run = types.SimpleNamespace(concepts=table, threshold=math.inf)
     assert evaluate.recall(run, questions, table)["r1_DEC_heldout"] == pytest.approx(1 / 3)
 
 

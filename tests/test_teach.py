@@ -181,6 +181,17 @@ def test_added_facts_are_known_and_old_ones_stay_known(taught):
         assert thought_of(run, wording.replace("{s}", "fern")) == "teal"
 
 
+def test_the_threshold_of_phase_2_bounds_that_of_every_teaching(taught):
+    """Also of a second one, whose checkpoint holds the threshold of the first."""
+    corpus, folder, _ = taught
+    rows = train.load_checkpoint(folder / "run")["rows"]
+    before = [row["threshold"] for row in rows if "threshold" in row][-1]
+    for name in ("once", "twice"):
+        cfg = train.resolve(dict(phase="teach", out=str(folder / name), resume=True))
+        assert train.open_run(cfg, corpus, train.tjepa.TJEPA).run.threshold == before
+        assert train.load_checkpoint(folder / name)["threshold"] != before
+
+
 def test_a_contradicting_pair_replaces_the_answer(taught):
     """The rows of the old answer are gone, and the goal is the concept of the new one."""
     corpus, folder, _ = taught
