@@ -4,25 +4,26 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
     phase 1  pretrain   A context encoder reads a text from which spans were removed. A predictor
                         predicts the latents that an EMA target encoder, which reads the whole
                         text, gives to the removed spans.                     [v1.1, section 3.1]
-    phase 2  distill    question -> context encoder -> predictor -> L_p, a latent -> W L_p, the
-                        thought (W: linear map to the teacher's width, by default the identity). It
-                        is trained to equal L_a, the standardised latent that a teacher gives to the
-                        answer. No answer token is produced.                  [v1.1, section 3.3]
+    phase 2  distill    question -> context encoder -> predictor -> L_p -> W L_p, the thought, which
+                        is trained to equal L_a, the standardised latent of the answer. That comes
+                        from a teacher, by default the target encoder. (W: linear, to a teacher of
+                        another width, else the identity.) No answer token.   [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
                         learns to put it into words. Most rows are echoes: the decoder gets L_a
                         itself, and must say the answer. So it learns to say answers whose questions
                         it never gets.                                        [v1.1, section 3.2]
-    later    teach      Facts are added to a finished run: each step takes distill_loss, and
-                        speak_loss on detached thoughts. The target encoder and the scale of L_a
-                        stay as they are.
+    later    teach      Facts are added to a finished run: each step takes the loss of phase 2, and
+                        that of phase 3 (alpha 0) on detached thoughts and echoes. The target
+                        encoder and the scale of L_a stay as they are.
 
-A step of phase 1, as train.py takes it:
+A step of phase 1, in outline:
 
     span_ids = sample_spans(tokens, model.word_start, cfg)      # which tokens are removed
     loss, stats = model.pretrain_loss(tokens, span_ids)         # steps 1 to 4 of the JEPA step
     loss.backward()
     optimizer.step()
-    model.ema_update()                              # step 5; in phase 1 alone
+    optimizer.zero_grad()
+    model.ema_update()                              # step 5; not where answers are taught
 
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
@@ -225,8 +226,8 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        # A block adds values of std .5 to 1 to the residual stream, where an embedding has .02. The
-        # facts of data/facts are learned with factor 1, too; for running text 50 was far better.
+        # A block adds values of std .5 to 1 to the residual stream, an embedding only .02: it is
+        # drowned. On running text factor 50 was far better; data/facts is learned with 1 as well.
         self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the
@@ -308,14 +309,13 @@ def sample_spans(tokens, word_start, cfg):
     inside = (t >= start[:, :, None]) & (t < stop[:, :, None])          # (B, S, T)
     span_ids = torch.where(inside & real[:, None], span, S).amin(1)     # (B, T)
 
-    # Remove tokens span by span until the row's budget is spent. The last span may be cut short.
+    # Put the tokens in order: span by span, then those outside all spans, from the left. The first
+    # `budget` are removed, so the last span may be cut short; tokens outside spans join span S-1.
     # In double, like the count of K in `predict`: in fp32 90 * .35 would become 32 and not 31.
     budget = (n_real.double() * cfg.mask_ratio).round().clamp(min=1).long()     # (B, 1)
     key = (span_ids * T + t).masked_fill(~real, (S + 1) * T)            # (B, T) span, then position
     last_key = key.sort(1).values.gather(1, budget - 1)                 # (B, 1)
     removed = (key <= last_key) & real
-    # Where all spans together hold too few tokens, the budget also takes tokens outside them, from
-    # the left. These join span S-1, which may then be in pieces.
     return torch.where(removed, span_ids.clamp(max=S - 1), S)
 
 class Spans(NamedTuple):
@@ -346,7 +346,7 @@ class Spans(NamedTuple):
 def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
 
-    A row that loses fewer tokens than K must have that much padding, which fills the gap.
+    A row that loses r < K tokens must have K - r tokens of padding, which fill the gap.
     unit: span | token, what gets one latent; by default cfg.target.
     """
     order = 2 * (span_ids < cfg.max_spans) + (tokens == cfg.pad)        # 0 stays, 1 padding, 2 gone
@@ -433,7 +433,7 @@ def latent_distance(predicted, target, mask, kind):
     return F.cross_entropy(logits, own.masked_fill(~mask, -100), ignore_index=-100)
 
 def r_squared(predicted, target, mask):
-    """1 - MSE / (MSE of always predicting the mean target): a figure for evaluation, no loss.
+    """1 - MSE / (MSE of always predicting the mean target): a figure, and the loss of align.py.
 
     predicted, target (N, C), mask (N,). 1 is perfect; 0 is no better than the mean; below 0 worse.
     """
@@ -451,7 +451,7 @@ class SIGReg(nn.Module):
 
         N draws of a Gaussian               1.05 / N
         all latents 0                       0.402
-        one layer-normed latent, repeated   1.06
+        one layer-normed latent, repeated   1.05
     """
 
     def __init__(self, n_slices=64):
@@ -562,7 +562,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Causal transformer that cross-attends to a memory; two heads, token and latent.
 
-    It reads [BOS] and its own words, never the question: all it knows about the question is in
+    It reads [BOS] and the answer so far, never the question: all it knows about the question is in
     the memory (v1.1 section 3.2).
     """
 
@@ -588,7 +588,7 @@ class Decoder(nn.Module):
         """`Thought` of B rows -> slots (B, M, C), and their mask from `additive` or None."""
         if self.slots is None:
             return thought.context, additive(thought.context_mask)
-        # MSE pulls an uncertain thought towards the mean of L_a, 0, which makes it short. The norm
+        # MSE pulls an uncertain thought towards 0, the mean of L_a, and so makes it short. The norm
         # removes the length, so that an uncertain thought is said like a certain one.
         slots = self.slots(norm(thought.latent))
         return slots.unflatten(-1, (self.n_slots, -1)), None            # (B, M, C)
@@ -719,8 +719,8 @@ class TJEPA(nn.Module):
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
-        # 1. target latents: the target encoder reads the whole text. Its weights have no gradient
-        #    since `__init__`; step 5 moves them
+        # 1. target latents: the target encoder reads the whole text. Stop-gradient: its weights are
+        #    frozen since `__init__`; step 5 moves them
         target = self.target_latents(spans)                             # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
@@ -738,7 +738,7 @@ class TJEPA(nn.Module):
         cfg = self.cfg
         p = self.predict(tokens, span_ids)
 
-        # 4. loss: distance between predicted and target latents. It is 0 if all latents are equal,
+        # 4. loss: distance between predicted and target latents. MSE is 0 if all latents are equal,
         #    which is collapse: EMA and stop-gradient make that slow, SIGReg and the masked-LM loss
         #    pull the latents apart
         loss = latent_distance(p.predicted.flatten(0, 1), p.target.flatten(0, 1),
@@ -754,7 +754,7 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, after each step of phase 1."""
+        """target <- tau * target + (1 - tau) * context encoder, after a step of phase 1."""
         # 5. EMA
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         for target, context in zip(targets, contexts):
@@ -792,13 +792,13 @@ class TJEPA(nn.Module):
         error = latent_error(p.predicted, p.target, self.cfg.loss)      # (B, S)
         return masked_mean(error, p.span_mask, 1)
 
-    # -- phase 2: teach answers in latent space ----------------------------------------------------
+    # -- phase 2: distill answers, in latent space -------------------------------------------------
 
     def fit_answer_scale(self, latents):
         """Fit the standardisation to the teacher's answer latents (n, D); returns L_a (n, D).
 
-        The teacher gives an answer the mean latent of its tokens, read without the question: the
-        question would leak into it. By default the teacher is `concept`, the target encoder.
+        The latent of an answer is the mean over its tokens, read without the question, which would
+        leak into it. By default the teacher is the target encoder, by `concept`.
 
         L_a is half way to white: a principal direction of variance v is divided by the fourth root
         of v, so that its variance becomes the root of v. Otherwise the few directions that separate
@@ -817,7 +817,7 @@ class TJEPA(nn.Module):
         return self.standardise(latents)
 
     def standardise(self, latents):
-        """A teacher's latents (n, D) on the scale of thoughts."""
+        """A teacher's latents (..., D) on the scale of thoughts."""
         return (latents - self.answer_mean) @ self.answer_scale
 
     def drop_tokens(self, question, drop):
@@ -879,15 +879,13 @@ class TJEPA(nn.Module):
     def speak_loss(self, thought, answer, answer_latent, alpha):
         """Loss of phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token.
 
-        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). alpha falls
-        from --alpha_start to 0 during the phase; v2.0 is alpha = 0. What thinks is frozen in phase
-        3, so that train.py computes each thought once.
+        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). L_latent and
+        L_token are losses. alpha falls from --alpha_start to 0 during the phase; v2.0: alpha = 0.
 
-        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself: the
-        decoder gets the latent of an answer, and must say it. Phase 2 asks about all facts that are
-        taught, phase 3 about some of them: the others are taught in latent space only. But the
-        answers of all are echoed. So the decoder can say every answer, and only the thought tells
-        it which one. (With memory="tokens" an echo reads the context latents of the answer.)
+        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself. Phase
+        2 trains on the questions of all facts, phase 3 on those of some, but it echoes the answers
+        of all. So the decoder can say every answer, and only the thought tells it which one. (With
+        memory="tokens" an echo reads the context latents of the answer.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
         inputs = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)      # (B, A): BOS, then answer
@@ -950,7 +948,7 @@ def mean_cosine(z):
 def latent_health(z, mask):
     """How spread latents z (B, T, C) are where mask (B, T) is set: a dict of floats.
 
-    train.py gives it the target's latents of held-out text, at each evaluation.
+    train.py gives it the target's latents of held-out text, at each evaluation of phase 1.
 
     pos          share of the variance that the position alone explains; std, rank are without it
     std          standard deviation over all tokens, mean over dimensions

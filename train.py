@@ -80,11 +80,11 @@ class Config(tjepa.Config):
     pretrain_steps: int = 1400  # steps of phase 1; 0 = the control with a random encoder
     distill_steps: int = 1400   # steps of phase 2; 0 = the control that is taught nothing
     speak_steps: int = 1000     # steps of phase 3
-    teach_steps: int = 300      # steps of --phase=teach
+    teach_steps: int = 600      # steps of --phase=teach
     pretrain_lr: float = 1e-3   # peak learning rate of phase 1
     distill_lr: float = 1e-3    # peak learning rate of phase 2; if too high, the text is forgotten
     speak_lr: float = 1e-3      # peak learning rate of phase 3
-    teach_lr: float = 5e-4      # peak learning rate of --phase=teach
+    teach_lr: float = 1e-3      # peak learning rate of --phase=teach
     warmup: float = 0.05        # share of the steps in which the learning rate rises
     weight_decay: float = 0.05  # on matrices; not on norms, biases, embeddings, mask token
     clip: float = 1.0           # largest norm of the gradient
@@ -848,8 +848,8 @@ def teach(run):
     held_out, every = questions.only(*data.QUICK), questions.fewer()
 
     def draw():
-        """Numbers of questions and their tokens, and four times as many of echoed answers."""
-        echoed = torch.randint(len(answers), (4 * cfg.qa_batch_size,)).to(run.device)
+        """Numbers of questions and their tokens, and as many of echoed answers."""
+        echoed = torch.randint(len(answers), (cfg.qa_batch_size,)).to(run.device)
         return *draw_questions(), echoed
     parts = run.in_parts(draw)
 

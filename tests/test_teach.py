@@ -236,7 +236,7 @@ def test_what_phase_3_may_not_say_stays_unsaid(taught, monkeypatch):
         said.extend(zip(answer.tolist(), answer_latent))
         return torch.zeros(()), dict(token=torch.zeros(()))
     monkeypatch.setattr(run.model, "speak_loss", speak_loss)
-    n = 4 * run.cfg.qa_batch_size           # echoes, which come last
+    n = run.cfg.qa_batch_size               # echoes, which come last
     loss_at, _ = train.teach(run._replace(cfg=train.dataclasses.replace(run.cfg, made_up=0.0)))
     decode = corpus.tokenizer.decode
     heard = set()
