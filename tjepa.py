@@ -427,8 +427,10 @@ def latent_distance(predicted, target, mask, kind):
     if kind == "mse":
         return masked_mean(latent_error(predicted, target, kind), mask, 0)
     # InfoNCE (temperature .1): tell the own target from all other targets of the batch.
-    similarity = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).T
-    logits = (similarity / 0.1).masked_fill(~mask, -torch.inf)          # (N, N)
+    predicted = F.normalize(predicted, dim=-1)
+    target = F.normalize(target, dim=-1)
+    similarity = predicted @ target.T                                   # (N, N)
+    logits = (similarity / 0.1).masked_fill(~mask, -torch.inf)
     own = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, own.masked_fill(~mask, -100), ignore_index=-100)
 
@@ -469,7 +471,10 @@ class SIGReg(nn.Module):
         """z (N, C) -> a number."""
         slices = torch.randn(z.size(1), self.n_slices, device=z.device)
         u = (z @ F.normalize(slices, dim=0))[..., None] * self.t        # (N, n_slices, 17)
-        error = (u.cos().mean(0) - self.gauss) ** 2 + u.sin().mean(0) ** 2      # (n_slices, 17)
+        # the characteristic function is E[exp(i u)] = E[cos u] + i E[sin u]
+        real = u.cos().mean(0)                                          # (n_slices, 17)
+        imaginary = u.sin().mean(0)
+        error = (real - self.gauss) ** 2 + imaginary ** 2
         return (error @ self.weight).mean()
 
 # -- the decoder -----------------------------------------------------------------------------------
@@ -531,8 +536,10 @@ class KVCache:
         """Add k and v (B, nh, T, hs) of the newest tokens; returns those of all tokens."""
         if self.keys is None:
             B, nh, _, hs = k.shape
-            self.keys, self.values = (x.new_empty(B, nh, self.size, hs) for x in (k, v))
-        begin, self.length = self.length, self.length + k.size(2)
+            self.keys = k.new_empty(B, nh, self.size, hs)
+            self.values = v.new_empty(B, nh, self.size, hs)
+        begin = self.length
+        self.length += k.size(2)
         self.keys[:, :, begin:self.length] = k
         self.values[:, :, begin:self.length] = v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
@@ -632,7 +639,8 @@ class Prediction(NamedTuple):
     def word_ids(self):
         """Ids of the removed tokens, (B, K); -100 where there is none."""
         n_removed = self.states.size(1)
-        ids, real = self.spans.tokens[:, -n_removed:], self.spans.real[:, -n_removed:]
+        ids = self.spans.tokens[:, -n_removed:]
+        real = self.spans.real[:, -n_removed:]
         return ids.masked_fill(~real, -100)
 
 class TJEPA(nn.Module):
@@ -924,7 +932,8 @@ def sample_token(logits, temperature=0.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        top_k = min(top_k, logits.size(-1))
+        least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = F.softmax(logits / temperature, dim=-1)
     if top_p < 1:
@@ -957,18 +966,26 @@ def latent_health(z, mask):
     cos          mean pairwise cosine; near 1 the latents form a narrow cone
     cos_centred  the same after the mean over all tokens is removed
     """
-    z, mask = z.cpu().double(), mask.cpu()              # float64 does not exist on every GPU
+    z = z.cpu().double()                                # float64 does not exist on every GPU
+    mask = mask.cpu()
     flat = z[mask]                                                      # (N, C)
+    centred = flat - flat.mean(0)
     content = (z - masked_mean(z, mask[..., None], 0))[mask]
-    pos = 1 - (content ** 2).sum() / ((flat - flat.mean(0)) ** 2).sum().clamp(min=1e-12)
+    total = (centred ** 2).sum()
+    pos = 1 - (content ** 2).sum() / total.clamp(min=1e-12)
     # 8,192 rows are 20 times the width of the widest preset, and the decomposition stays fast.
     content_centred = content[:8192] - content[:8192].mean(0)
     s = torch.linalg.svdvals(content_centred)
     p = s / s.sum().clamp(min=1e-12) + 1e-12
     rank = torch.exp(-(p * p.log()).sum())
-    return dict(std=content.std(0).mean().item(), rank=rank.item(), pos=pos.item(),
-                bound=min(len(content) - 1, z.size(-1)), cos=mean_cosine(flat),
-                cos_centred=mean_cosine(flat - flat.mean(0)))
+    return dict(
+        std=content.std(0).mean().item(),
+        rank=rank.item(),
+        pos=pos.item(),
+        bound=min(len(content) - 1, z.size(-1)),
+        cos=mean_cosine(flat),
+        cos_centred=mean_cosine(centred),
+    )
 
 def health_word(health):
     """One word for `latent_health`: collapsed | shrinking | healthy.

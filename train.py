@@ -134,14 +134,30 @@ class Config(tjepa.Config):
 PRESETS = dict(
     tiny={},
     # a smoke run; `report.MINUTE` says what to expect of it
-    minute=dict(n_layer=2, top_k=2, n_head=2, n_embd=64, pred_layer=1, pred_embd=64, dec_layer=2,
-                batch_size=32, pretrain_steps=200, distill_steps=250, speak_steps=200,
-                pretrain_lr=3e-3, distill_lr=2e-3, speak_lr=3e-3),
-    laptop=dict(facts="all", vocab_size=4096, eval_every=800, pretrain_lr=2e-3, qa_batch_size=128,
-                pretrain_steps=2000, distill_steps=4800, speak_steps=3200),
-    gpu=dict(facts="all", vocab_size=4096, eval_every=500,
-             n_embd=384, n_head=8, n_layer=6, pred_embd=384, batch_size=256, qa_batch_size=512,
-             pretrain_steps=10000, distill_steps=4000, speak_steps=4000),
+    minute=dict(
+        n_layer=2, n_head=2, n_embd=64, top_k=2,
+        pred_layer=1, pred_embd=64,
+        dec_layer=2,
+        batch_size=32,
+        pretrain_steps=200, pretrain_lr=3e-3,
+        distill_steps=250, distill_lr=2e-3,
+        speak_steps=200, speak_lr=3e-3,
+    ),
+    laptop=dict(
+        facts="all", vocab_size=4096,
+        qa_batch_size=128, eval_every=800,
+        pretrain_steps=2000, pretrain_lr=2e-3,
+        distill_steps=4800,
+        speak_steps=3200,
+    ),
+    gpu=dict(
+        facts="all", vocab_size=4096,
+        n_layer=6, n_head=8, n_embd=384, pred_embd=384,
+        batch_size=256, qa_batch_size=512, eval_every=500,
+        pretrain_steps=10000,
+        distill_steps=4000,
+        speak_steps=4000,
+    ),
 )
 LATENT = dict(mlm=0.0, pred_embd=64)    # no token loss; half the width is what the labs measured
 RECIPES = dict(
@@ -164,9 +180,20 @@ FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pre
 # labs/text.py measures them. With InfoNCE on tokens the energy tells words of similar frequency
 # apart (hit@5 .14, chance .05), with MSE it did not (.09). Steps, other sizes, noise and echo were
 # not tuned: predicted spans are inexact already, so they get less noise than answers.
-TEXT = dict(n_layer=2, top_k=3, embed_scale=50.0, target="token", loss="infonce", max_span=3,
-            mask_ratio=0.2, batch_size=32, pretrain_lr=3e-3, noise=0.1, echo=0.25,
-            qa_batch_size=128)
+TEXT = dict(
+    n_layer=2,
+    top_k=3,
+    embed_scale=50.0,
+    target="token",
+    loss="infonce",
+    max_span=3,
+    mask_ratio=0.2,
+    batch_size=32,
+    pretrain_lr=3e-3,
+    noise=0.1,
+    echo=0.25,
+    qa_batch_size=128,
+)
 # up to so many characters: tokens of the vocabulary, steps of phases 1 and 3
 TEXT_SIZES = (
     (200_000, 512, 1500, 600),
@@ -251,7 +278,11 @@ def same_run(where, saved, asked):
 
 def pick_device(cfg):
     """(device, autocast dtype or None). Prints both, and why they were chosen."""
-    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    has = dict(
+        cuda=torch.cuda.is_available(),
+        mps=torch.backends.mps.is_available(),
+        cpu=True,
+    )
     if cfg.device != "auto" and not has[cfg.device]:
         raise ValueError(f"--device={cfg.device}: this machine has none that torch can use; "
                          "take --device=auto or cpu")
@@ -521,16 +552,6 @@ IN_BAR = (
     ("word_prior_hit5",), ("gap_em",),
 )
 
-def show(bar, rows, phase, **figures):
-    """Show the newest figures of a phase in the progress bar: of the log's rows, and others."""
-    row = report.newest([row for row in rows if row["phase"] == phase]) | figures
-    shown = {}
-    for names in IN_BAR:
-        name = next((name for name in names if name in row), None)
-        if name is not None:
-            shown[name] = f"{row[name]:.3g}" if isinstance(row[name], float) else row[name]
-    bar.set_postfix(shown)
-
 def check_finite(cfg, phase, step, number):
     """ValueError if a loss or gradient is no longer a number."""
     if not math.isfinite(number):
@@ -538,6 +559,102 @@ def check_finite(cfg, phase, step, number):
         raise ValueError(
             f"the loss of {phase} is no longer a number at step {step}: lower --{phase}_lr={peak} "
             f"or --clip={cfg.clip}; the last good checkpoint is in --out={cfg.out}")
+
+class Journal:
+    """What `fit` does beside training: the progress bar, the log, evaluations and checkpoints."""
+
+    def __init__(self, run, phase, optimizer, measure, log, save):
+        cfg = run.cfg
+        self.run, self.phase, self.optimizer = run, phase, optimizer
+        self.measure, self.log, self.save = measure, log, save
+        self.steps = getattr(cfg, f"{phase}_steps")
+        # tokens of text in phase 1, questions in the others
+        self.per_step = cfg.qa_batch_size
+        if phase == "pretrain":
+            self.per_step = cfg.batch_size * cfg.block_size
+
+    def begin(self, start, evaluated):
+        """Before the first step; evaluates, if that is still due there."""
+        self.start = start
+        self.bar = tqdm(total=self.steps, initial=start, desc=self.phase, dynamic_ncols=True,
+                        mininterval=1)
+        rows = self.log.rows
+        if not evaluated:   # before the first step, too: the log shows what the phase starts from
+            if not rows or (rows[-1]["phase"], rows[-1]["step"]) != (self.phase, start):
+                self.log.add(dict(phase=self.phase, step=start, tokens=start * self.per_step))
+            self.evaluate_and_save(start)
+            self.log.flush()
+        self.show()
+        INTERRUPTS.deferred = True
+        self.clock, self.timed = time.perf_counter(), start
+
+    def after(self, step, loss, stats, lr, grad):
+        """After the optimizer step `step`, counted from 1: log every 20 steps, evaluate and save
+        every --eval_every. KeyboardInterrupt if Ctrl-C was pressed meanwhile."""
+        self.bar.update()
+        if step == self.start + 1:
+            self.show(loss=loss.item())
+        evaluates = step == self.steps or step % self.run.cfg.eval_every == 0
+        interrupted = INTERRUPTS.pending
+        if not (evaluates or interrupted or step % 20 == 0):
+            return                      # not each step: this waits for a GPU
+        check_finite(self.run.cfg, self.phase, step, loss.item() + grad.item())
+        rate = (step - self.timed) * self.per_step / (time.perf_counter() - self.clock)
+        row = dict(
+            phase=self.phase,
+            step=step,
+            tokens=step * self.per_step,
+            loss=loss.item(),
+            lr=lr,
+            grad=grad.item(),
+            tok_s=rate,
+        )
+        row |= {name: float(value) for name, value in stats.items()}
+        self.log.add(row)
+        if evaluates or interrupted:    # saved first: an evaluation that fails costs no step
+            self.save(step, self.optimizer, evaluated=not evaluates)
+        if interrupted:
+            self.log.flush()
+            raise KeyboardInterrupt
+        if evaluates:
+            self.evaluate_and_save(step)
+        self.log.flush()
+        self.show()
+        self.clock, self.timed = time.perf_counter(), step
+
+    def end(self):
+        """After the last step."""
+        INTERRUPTS.deferred = False
+        self.bar.close()
+
+    def show(self, **figures):
+        """Show the newest figures of the phase in the progress bar: of the log's rows, and others.
+        """
+        rows = [row for row in self.log.rows if row["phase"] == self.phase]
+        row = report.newest(rows) | figures
+        shown = {}
+        for names in IN_BAR:
+            name = next((name for name in names if name in row), None)
+            if name is not None:
+                shown[name] = f"{row[name]:.3g}" if isinstance(row[name], float) else row[name]
+        self.bar.set_postfix(shown)
+
+    def evaluate_and_save(self, step):
+        """Complete the last row of the log by the figures; save, log and draw them."""
+        run, log = self.run, self.log
+        INTERRUPTS.deferred = False
+        figures = self.measure(step == self.steps)
+        INTERRUPTS.deferred = True
+        before = log.last().get("health")
+        log.rows[-1].update(figures)
+        self.save(step, self.optimizer, evaluated=True)
+        if figures:                     # a control that is measured elsewhere has nothing to draw
+            report.keep_snapshot(run, self.phase, step)
+            title = f"{run.cfg.out}, recipe {run.cfg.recipe}, commit {report.program_version()}"
+            report.draw_curves(log.rows, EVERY, Path(run.cfg.out) / "curves.png", title)
+        said = report.alarm(figures, run.cfg)
+        if said and step > 0 and before != "collapsed":
+            tqdm.write(f"step {step} of {self.phase}: {said}")
 
 def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, evaluated=False):
     """The one training loop: every phase and every control trains here.
@@ -554,41 +671,16 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     steps = getattr(cfg, f"{phase}_steps")
     peak = getattr(cfg, f"{phase}_lr")
     round_steps = steps // cfg.rounds if phase == "distill" else steps
-    # tokens of text in phase 1, questions in the others
-    per_step = cfg.batch_size * cfg.block_size if phase == "pretrain" else cfg.qa_batch_size
     optimizer = make_optimizer(run, phase, optimizer_state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    bar = tqdm(total=steps, initial=start, desc=phase, dynamic_ncols=True, mininterval=1)
+    journal = Journal(run, phase, optimizer, measure, log, save)
+    journal.begin(start, evaluated)
 
-    def evaluate_and_save(step):
-        """Complete the last row of the log by the figures; save, log and draw them."""
-        INTERRUPTS.deferred = False
-        figures = measure(step == steps)
-        INTERRUPTS.deferred = True
-        before = log.last().get("health")
-        log.rows[-1].update(figures)
-        save(step, optimizer, evaluated=True)
-        if figures:                     # a control that is measured elsewhere has nothing to draw
-            report.keep_snapshot(run, phase, step)
-            title = f"{cfg.out}, recipe {cfg.recipe}, commit {report.program_version()}"
-            report.draw_curves(log.rows, EVERY, Path(cfg.out) / "curves.png", title)
-        said = report.alarm(figures, cfg)
-        if said and step > 0 and before != "collapsed":
-            tqdm.write(f"step {step} of {phase}: {said}")
-
-    if not evaluated:       # before the first step, too: the log shows what the phase starts from
-        if not log.rows or (log.rows[-1]["phase"], log.rows[-1]["step"]) != (phase, start):
-            log.add(dict(phase=phase, step=start, tokens=start * per_step))
-        evaluate_and_save(start)
-        log.flush()
-    show(bar, log.rows, phase)
-
-    INTERRUPTS.deferred = True
-    clock, timed = time.perf_counter(), start
     for step in range(start, steps):
         # Every random draw follows from the seed and the step (at most 10**9 a phase): a resumed
         # run draws the same.
-        torch.manual_seed((cfg.seed * len(EVERY) + EVERY.index(phase)) * 10 ** 9 + step)
+        phase_seed = cfg.seed * len(EVERY) + EVERY.index(phase)
+        torch.manual_seed(phase_seed * 10 ** 9 + step)
 
         # learning rate; it starts anew in each of the --rounds of phase 2, as the optimizer does
         in_round = step % round_steps
@@ -613,32 +705,9 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
         if target_moves(cfg, phase):
             model.ema_update()
 
-        # log every 20 steps, evaluate and save every --eval_every
-        bar.update()
-        done = step + 1
-        if step == start:
-            show(bar, log.rows, phase, loss=loss.item())
-        evaluates = done == steps or done % cfg.eval_every == 0
-        interrupted = INTERRUPTS.pending
-        if evaluates or interrupted or done % 20 == 0:  # not each step: this waits for a GPU
-            check_finite(cfg, phase, done, loss.item() + grad.item())
-            rate = (done - timed) * per_step / (time.perf_counter() - clock)
-            row = dict(phase=phase, step=done, tokens=done * per_step, loss=loss.item(), lr=lr,
-                       grad=grad.item(), tok_s=rate)
-            row |= {name: float(value) for name, value in stats.items()}
-            log.add(row)
-            if evaluates or interrupted:        # saved first: a failing evaluation costs no step
-                save(done, optimizer, evaluated=not evaluates)
-            if interrupted:
-                log.flush()
-                raise KeyboardInterrupt
-            if evaluates:
-                evaluate_and_save(done)
-            log.flush()
-            show(bar, log.rows, phase)
-            clock, timed = time.perf_counter(), done
-    INTERRUPTS.deferred = False
-    bar.close()
+        # log, evaluate, save
+        journal.after(step + 1, loss, stats, lr, grad)
+    journal.end()
 
 # -- the phases: each takes a Run and returns (loss_at, measure) for `fit` -------------------------
 
@@ -837,7 +906,8 @@ def teach(run):
     cfg, model, questions, concepts = run.cfg, run.model, run.questions, run.concepts
     new = questions.where("NEW", phrasing="trained")
     old = questions.where("DEC", "LAT", phrasing="trained")
-    asked = torch.cat((new.repeat(max(1, round(len(old) / len(new)))), old))
+    as_many = max(1, round(len(old) / len(new)))
+    asked = torch.cat((new.repeat(as_many), old))
     answer_of = questions.answer_of[asked]
     latents = torch.cat((concepts[answer_of], torch.zeros_like(concepts[:1])))
     answers = with_end(questions.answer_tokens, run.corpus.tokenizer)
@@ -860,7 +930,8 @@ def teach(run):
         loss = torch.nn.functional.mse_loss(latent, latents[which])
         spoken = said[which]
         # phase 3 trains the decoder alone
-        lesson = tjepa.thought_of(torch.cat((latent[spoken], concepts[echoed])).detach())
+        heard = torch.cat((latent[spoken], concepts[echoed]))
+        lesson = tjepa.thought_of(heard.detach())
         if cfg.memory == "tokens":
             texts = pad_rows([*tokens[spoken], *questions.answer_tokens[echoed]], model)
             with torch.no_grad():
@@ -895,7 +966,8 @@ def open_teacher(cfg, answers):
     if missing := set(answers) - set(known):
         raise ValueError(f"--teacher={cfg.teacher} was not taught '{min(missing)}': teach it the "
                          "same answers first, with its --phase=distill")
-    return align.Teacher(model, tokenizer, saved["concepts"][[known.index(a) for a in answers]])
+    numbers = [known.index(answer) for answer in answers]
+    return align.Teacher(model, tokenizer, saved["concepts"][numbers])
 
 def answer_vectors(cfg, answers, tokenizer):
     """What --teacher says of answers (A strings): (vectors (A, D), `align.Teacher`), each or None.
