@@ -1,7 +1,7 @@
 """
 Does one decoder speak about pictures that it has learned to speak about from text alone?
 
-    python -m labs.seeing             10 arms a seed, three to six minutes of a core each
+    python -m labs.seeing             11 arms a seed, three to seven minutes of a core each
     python -m labs.seeing --fast      a minute on one core: does it run?
 
 VL-JEPA's method [Chen et al. 2025, https://arxiv.org/abs/2512.10942] at the size of a lesson. The
@@ -75,6 +75,8 @@ BASE = Config(
     speak_steps=1200, speak_lr=2e-3, noise=0.3, eval_every=10 ** 9)
 ARMS = {
     "MSE + InfoNCE": dict(streams=8),
+    # questions of seed 2 failed in the arm above: chosen with that seed and other pictures
+    "4 blocks, 3300 steps": dict(eye_layer=4, picture_steps=3300),
     "MSE": dict(distance="mse"),
     "MSE + SIGReg": dict(distance="mse", eye_sigreg=0.1),
     "InfoNCE": dict(distance="infonce"),
