@@ -321,10 +321,8 @@ def picture_loss(seer, jepa, words, cfg, batch):
         some = F.embedding(torch.randint(len(flat), (512,)), flat)
         loss = loss + cfg.eye_sigreg * jepa.sigreg(some)
     if cfg.decoder != "frozen":
-        # empty places are said as seldom as they weigh in the latent loss
-        said = torch.rand(len(weight)) < weight
-        thought = tjepa.thought_of(predicted[said])
-        token, _ = jepa.speak_loss(thought, words.ids[number[said]], target[said], alpha=0.0)
+        thought = tjepa.thought_of(predicted)
+        token, _ = jepa.speak_loss(thought, words.ids[number], target, alpha=0.0)
         # the captioner learns from tokens alone
         loss = token if cfg.decoder == "fresh" else loss + token
     return loss, stats
