@@ -345,10 +345,9 @@ def threshold_of(questions, distance, most=math.inf):
     """How far a thought may lie from the nearest known concept before it is called unknown.
 
     distance (n,): to the nearest concept. REFUSED of the questions about made-up subjects lie
-    beyond it; no test reads them. most: it is no higher, because what was unknown before facts were
-    added stays unknown. But half of the known ones lie within it, and of pairs of one's own all
-    that are taught; the margin is for rounding: asked alone, or in bf16, a distance differs a
-    little.
+    beyond it; no test reads them. most: they set no higher one (after --phase=teach that of phase
+    2). But half of the known questions lie within it, and of pairs of one's own all that are
+    taught; the margin is for rounding: asked alone, or in bf16, a distance differs a little.
     """
     def quantile(share, *splits, phrasing):
         """The distance below which a share of some questions lies; 0 if there are none."""
@@ -356,8 +355,10 @@ def threshold_of(questions, distance, most=math.inf):
         return found.quantile(share).item() if len(found) else 0.0
 
     known = quantile(0.5, "DEC", "NEW", phrasing=usual_phrasing(questions))
-    if any(row.relation == "qa" and row.split == "DEC" for row in questions.rows):
-        known = max(known, 1.05 * quantile(1, "DEC", "NEW", phrasing="trained"))
+    own = [i for i, row in enumerate(questions.rows) if row.relation == "qa"
+           and row.split in ("DEC", "NEW") and row.phrasing == "trained"]
+    if own:
+        known = max(known, 1.05 * distance[own].max().item())
     return max(known, min(most, quantile(1 - REFUSED, "NEVER", phrasing="made_up")))
 
 def concept_distance(run, latent, size=4096):

@@ -7,7 +7,8 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
     phase 2  distill    question -> context encoder -> predictor -> L_p -> W L_p, the thought, which
                         is trained to equal L_a, the standardised latent of the answer. That comes
                         from a teacher, by default the target encoder. (W: linear, to a teacher of
-                        another width, else the identity.) No answer token.   [v1.1, section 3.3]
+                        another width, else the identity.) No answer token is produced.
+                                                                              [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
                         learns to put it into words. Most rows are echoes: the decoder gets L_a
                         itself, and must say the answer. So it learns to say answers whose questions
@@ -310,7 +311,7 @@ def sample_spans(tokens, word_start, cfg):
     span_ids = torch.where(inside & real[:, None], span, S).amin(1)     # (B, T)
 
     # Put the tokens in order: span by span, then those outside all spans, from the left. The first
-    # `budget` are removed, so the last span may be cut short; tokens outside spans join span S-1.
+    # `budget` are removed, so the last span may be cut short, and span S-1 be in pieces.
     # In double, like the count of K in `predict`: in fp32 90 * .35 would become 32 and not 31.
     budget = (n_real.double() * cfg.mask_ratio).round().clamp(min=1).long()     # (B, 1)
     key = (span_ids * T + t).masked_fill(~real, (S + 1) * T)            # (B, T) span, then position
@@ -346,7 +347,7 @@ class Spans(NamedTuple):
 def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
 
-    A row that loses r < K tokens must have K - r tokens of padding, which fill the gap.
+    A row that loses r < K tokens must have at least K - r tokens of padding.
     unit: span | token, what gets one latent; by default cfg.target.
     """
     order = 2 * (span_ids < cfg.max_spans) + (tokens == cfg.pad)        # 0 stays, 1 padding, 2 gone
@@ -435,7 +436,7 @@ def latent_distance(predicted, target, mask, kind):
     return F.cross_entropy(logits, own.masked_fill(~mask, -100), ignore_index=-100)
 
 def r_squared(predicted, target, mask):
-    """1 - MSE / (MSE of always predicting the mean target): a figure, and the loss of align.py.
+    """1 - MSE / (MSE of always predicting the mean target): a figure; align.py trains on 1 - R2.
 
     predicted, target (N, C), mask (N,). 1 is perfect; 0 is no better than the mean; below 0 worse.
     """
@@ -762,7 +763,7 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, after a step of phase 1."""
+        """target <- tau * target + (1 - tau) * context encoder, where `train.target_moves`."""
         # 5. EMA
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         for target, context in zip(targets, contexts):
@@ -887,13 +888,14 @@ class TJEPA(nn.Module):
     def speak_loss(self, thought, answer, answer_latent, alpha):
         """Loss of phase 3 (v1.1 section 3.2): alpha * L_latent + (1 - alpha) * L_token.
 
-        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). L_latent and
-        L_token are losses. alpha falls from --alpha_start to 0 during the phase; v2.0: alpha = 0.
+        answer (B, A) with EOS and padding, answer_latent L_a (B, D) -> (loss, stats). L_latent is
+        the distance of the latent head to L_a, L_token the cross-entropy of the answer's tokens.
+        alpha falls from --alpha_start to 0 during the phase; v2.0: alpha = 0.
 
         A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself. Phase
-        2 trains on the questions of all facts, phase 3 on those of some, but it echoes the answers
-        of all. So the decoder can say every answer, and only the thought tells it which one. (With
-        memory="tokens" an echo reads the context latents of the answer.)
+        2 trains on the questions of DEC and LAT facts, phase 3 on those of DEC; the answers of all
+        are echoed. So the decoder can say every answer, and only the thought tells it which one.
+        (With memory="tokens" an echo reads the context latents of the answer.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
         inputs = F.pad(answer[:, :-1], (1, 0), value=self.cfg.bos)      # (B, A): BOS, then answer

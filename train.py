@@ -420,7 +420,7 @@ class Run(NamedTuple):
     questions: data.Questions | None = None
     concepts: torch.Tensor | None = None    # (A, D) the standardised latents L_a of all answers
     teacher: align.Teacher | None = None    # the run that --distill=align imitates
-    threshold: float = math.inf             # before facts were added: they do not loosen it
+    threshold: float = math.inf             # phase 2's, if facts were added: `threshold_of`
 
     def autocast(self):
         """bf16 where --dtype says so."""
@@ -565,8 +565,12 @@ class Journal:
 
     def __init__(self, run, phase, optimizer, measure, log, save):
         cfg = run.cfg
-        self.run, self.phase, self.optimizer = run, phase, optimizer
-        self.measure, self.log, self.save = measure, log, save
+        self.run = run
+        self.phase = phase
+        self.optimizer = optimizer
+        self.measure = measure
+        self.log = log
+        self.save = save
         self.steps = getattr(cfg, f"{phase}_steps")
         # tokens of text in phase 1, questions in the others
         self.per_step = cfg.qa_batch_size
@@ -586,7 +590,8 @@ class Journal:
             self.log.flush()
         self.show()
         INTERRUPTS.deferred = True
-        self.clock, self.timed = time.perf_counter(), start
+        self.clock = time.perf_counter()
+        self.timed = start
 
     def after(self, step, loss, stats, lr, grad):
         """After the optimizer step `step`, counted from 1: log every 20 steps, evaluate and save
@@ -620,7 +625,8 @@ class Journal:
             self.evaluate_and_save(step)
         self.log.flush()
         self.show()
-        self.clock, self.timed = time.perf_counter(), step
+        self.clock = time.perf_counter()
+        self.timed = step
 
     def end(self):
         """After the last step."""
@@ -628,8 +634,7 @@ class Journal:
         self.bar.close()
 
     def show(self, **figures):
-        """Show the newest figures of the phase in the progress bar: of the log's rows, and others.
-        """
+        """Show the newest figures of the phase in the progress bar, those of the log and others."""
         rows = [row for row in self.log.rows if row["phase"] == self.phase]
         row = report.newest(rows) | figures
         shown = {}
@@ -918,7 +923,7 @@ def teach(run):
     held_out, every = questions.only(*data.QUICK), questions.fewer()
 
     def draw():
-        """Numbers of questions and their tokens, and as many of echoed answers."""
+        """Numbers of questions, their tokens, and as many numbers of answers to echo."""
         echoed = torch.randint(len(answers), (cfg.qa_batch_size,)).to(run.device)
         return *draw_questions(), echoed
     parts = run.in_parts(draw)
@@ -1259,7 +1264,7 @@ def open_run(cfg, corpus, model):
     this = Run(cfg, net, corpus, device, dtype, questions, None, teacher)
     if phase_2_has_begun:
         this = this._replace(concepts=known_concepts(this, checkpoint))
-    if phases == ("teach",):
+    if added:
         before = report.newest(row for row in checkpoint["rows"] if row["phase"] != "teach")
         this = this._replace(threshold=before.get("threshold", math.inf))
     if cfg.resume:                      # checks the saved one, before anything is written

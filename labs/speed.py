@@ -4,8 +4,8 @@ How fast is a training step, how fast could this machine be, and what would a GP
     python -m labs.speed --nanogpt=../nanoGPT   15 minutes on 2 cores; run nothing else meanwhile
     python -m labs.speed --fast                 10 seconds on one core: does it run?
 
-Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: 1.13 /
-1.24 / 1.31 of it at width 128 / 256 / 512). To think once saves time in long answers only. Arms are
+Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: .91 /
+.99 / 1.04 of it at width 128 / 256 / 512). To think once saves time in long answers only. Arms are
 called in turn, A B C A B C ..., so that a busy moment of the machine hits all of them.
 
     ms          median over 20 calls after a warm-up (3 calls for 256 tokens)

@@ -19,14 +19,14 @@ def questions_of(*rows):
     return found
 
 
-def run_that_says(monkeypatch, said, distances):
+def run_that_says(monkeypatch, said, distances, threshold=math.inf):
     """A run whose thought number i is spoken as said[i], at distances[i] from the concepts."""
     monkeypatch.setattr(evaluate, "say", lambda run, which: [said[i] for i in which.latent.tolist()])
     monkeypatch.setattr(evaluate, "concept_distance",
                         lambda run, latent: torch.tensor(distances))
     thoughts = types.SimpleNamespace(latent=torch.arange(len(said)))
     thoughts.rows = lambda rows: types.SimpleNamespace(latent=thoughts.latent[rows])
-    return types.SimpleNamespace(device="cpu", threshold=math.inf), thoughts
+    return types.SimpleNamespace(device="cpu", threshold=threshold), thoughts
 
 
 # -- the threshold ---------------------------------------------------------------------------------
@@ -64,6 +64,13 @@ def test_a_question_of_ones_own_that_was_taught_is_never_unknown_by_rounding():
     assert threshold(*taught, reworded, made_up) == pytest.approx(9.0)
 
 
+def test_an_added_pair_in_words_of_its_own_lies_within_the_threshold_of_a_run_on_facts():
+    """No old fact is a pair of one's own, and how far those lie does not matter."""
+    old = [("DEC", "trained", "r", 40.0), ("DEC", "heldout", "r", 1.0)]
+    rows = [*old, ("NEW", "trained", "qa", 12.0), ("NEVER", "made_up", "r", 10.0)]
+    assert threshold(*rows) == pytest.approx(1.05 * 12.0)
+
+
 def test_half_of_what_is_known_is_never_refused():
     """--made_up=0 leaves made-up subjects as near as known ones."""
     known = [("DEC", "heldout", "r", float(i)) for i in range(11)]
@@ -81,7 +88,7 @@ def test_the_threshold_refuses_nine_of_ten_made_up_subjects():
 
 
 def test_facts_that_are_added_do_not_loosen_the_threshold():
-    """It stays below that of phase 2; but half of what is known still lies within it."""
+    """Made-up subjects set none above that of phase 2; half of what is known still lies within."""
     questions = questions_of(*MADE_UP, *[("DEC", "heldout", "r", "a")] * 3)
     made_up = 10.0 + torch.arange(11.0)
     for most, known, wanted in ((20.0, 2.0, 11.0), (9.0, 2.0, 9.0), (9.0, 9.5, 9.5)):
@@ -118,6 +125,17 @@ def test_exact_match_is_the_whole_answer_and_sure_is_within_the_threshold(monkey
     assert figures["em_LAT_heldout"] == figures["sure_LAT_heldout"] == 1
 
 
+def test_sure_respects_the_bound_of_a_run_to_which_facts_were_added(monkeypatch):
+    """Made-up subjects set a threshold of 11, the run bounds it by 8, and Rome lies at 9."""
+    rows = [*MADE_UP, ("DEC", "heldout", "r", "Paris"), ("LAT", "heldout", "r", "Rome")]
+    distances = [*torch.arange(10.0, 21.0).tolist(), 3.0, 9.0]
+    for most, sure in ((math.inf, 1), (8.0, 0)):
+        run, thoughts = run_that_says(monkeypatch, ["Oslo"] * 11 + ["Paris", "Rome"], distances,
+                                      most)
+        figures = evaluate.exact_match(run, questions_of(*rows), thoughts)
+        assert figures["em_LAT_heldout"] == 1 and figures["sure_LAT_heldout"] == sure
+
+
 def test_the_control_is_the_thought_of_another_question(monkeypatch):
     """A decoder that says only what its thought says is wrong with another's thought."""
     n = 40
@@ -140,6 +158,19 @@ def test_recall_is_among_the_answers_of_the_relation_and_a_tie_is_lost(monkeypat
                         lambda run, tokens: types.SimpleNamespace(latent=latent))
     run = types.SimpleNamespace(concepts=table, threshold=math.inf)
     assert evaluate.recall(run, questions, table)["r1_DEC_heldout"] == pytest.approx(1 / 3)
+
+
+def test_recall_bounds_the_threshold_by_that_of_the_run(monkeypatch):
+    """A made-up subject at 7 from the concept; facts were added to a run with a threshold of 5."""
+    questions = questions_of(*[("NEVER", "made_up", "r", "a")] * 3)
+    questions.answer_of = torch.zeros(3, dtype=torch.long)
+    questions.rivals_of = lambda rows: torch.ones(len(rows), 1, dtype=torch.bool)
+    monkeypatch.setattr(evaluate, "think_all",
+                        lambda run, tokens: types.SimpleNamespace(latent=torch.full((3, 1), 7.0)))
+    table = torch.zeros(1, 1)
+    for most, wanted in ((math.inf, 7.0), (5.0, 5.0)):
+        run = types.SimpleNamespace(concepts=table, threshold=most)
+        assert evaluate.recall(run, questions, table)["threshold"] == pytest.approx(wanted)
 
 
 # -- text ------------------------------------------------------------------------------------------
