@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 import shutil
 from contextlib import redirect_stdout
 from functools import partial
@@ -31,6 +32,7 @@ import torch
 import data
 import evaluate
 import train
+from data.facts import prepare
 from labs import controls, teachers
 from labs.arms import chosen, in_short, main, results, run_arms
 from labs.records import REPOSITORY
@@ -133,6 +135,40 @@ def spoken(run, questions):
     """Exact match of what is said about some questions."""
     return evaluate.exact_match(run, questions, evaluate.think_all(run, questions.tokens))
 
+def content_words(wording):
+    """The words of a wording that say what is asked: a set."""
+    small = "a the is of in what which who it i to do does for s that by and on".split()
+    return set(re.findall(r"[a-z']+", wording.lower().replace("{s}", ""))) - set(small)
+
+def resembles(wording, others):
+    """Does a wording share four tenths of its content words, or more, with one of others?"""
+    mine = content_words(wording)
+    theirs = map(content_words, others)
+    return any(len(mine & words) >= 0.4 * max(1, len(mine | words)) for words in theirs)
+
+def far_natural(run, threshold):
+    """Natural questions that resemble no wording of phase 2, answered rightly within the threshold:
+    far_DEC, far_LAT, as far as there are any."""
+    trained = {}
+    for relation, kind, template in prepare.read_tsv("templates.tsv"):
+        if kind == "question":
+            trained.setdefault(relation, []).append(template)
+    far = {relation + template for relation, template in prepare.read_tsv("natural.tsv")
+           if relation in trained and not resembles(template, trained[relation])}
+    rows = run.questions.rows
+    kept = torch.tensor([i for i, row in enumerate(rows) if row.phrasing == "natural"
+                         and row.relation + row.question.replace(row.subject, "{s}") in far])
+    if not len(kept):
+        return {}
+    some = run._replace(questions=run.questions.pick(kept))
+    thoughts = evaluate.think_all(some, some.questions.tokens)
+    said = evaluate.say(some, thoughts)
+    known = evaluate.concept_distance(some, thoughts.latent) <= threshold
+    right = torch.tensor([text == row.answer for text, row in zip(said, some.questions.rows)])
+    found = evaluate.by_split(some.questions, "far", right.to(known.device) & known)
+    return {name.removesuffix("_natural"): value for name, value in found.items()
+            if name in ("far_DEC_natural", "far_LAT_natural")}
+
 # -- kinds of arms: each trains and returns its figures --------------------------------------------
 
 def t_jepa(cfg, corpus):
@@ -152,7 +188,8 @@ def t_jepa(cfg, corpus):
             if cfg.variant == "MaskedLM":           # it predicts words, and no latents
                 run = run._replace(model=controls.WordEnergy(run.model, mean=True))
             figures |= evaluate.cloze(run, "capital")
-    return figures | explained(open_run(cfg, corpus))
+    run = open_run(cfg, corpus)
+    return figures | explained(run) | far_natural(run, figures["threshold"])
 
 def speak_told(cfg, corpus):
     """Phase 3 with the splits cfg.told taught as tokens."""
