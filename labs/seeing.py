@@ -76,7 +76,7 @@ BASE = Config(
 ARMS = {
     "MSE + InfoNCE": dict(streams=8),
     # questions of seed 2 failed in the arm above: chosen with that seed and other pictures
-    "4 blocks, 3300 steps": dict(eye_layer=4, picture_steps=3300),
+    "4 blocks and 3300 steps": dict(eye_layer=4, picture_steps=3300),
     "MSE": dict(distance="mse"),
     "MSE + SIGReg": dict(distance="mse", eye_sigreg=0.1),
     "InfoNCE": dict(distance="infonce"),

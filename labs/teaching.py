@@ -1,7 +1,8 @@
 """
 Facts that are added to a finished run: are they said in new wordings, and what do they cost?
 
-    python -m labs.teaching             3 seeds; starts from the runs of `python -m labs.facts`
+        python -m labs.teaching             3 seeds; starts from the runs of `python -m labs.facts`
+
     python -m labs.teaching --fast      a few steps of each arm: does it run?
 
 Expected before the first run: ten facts, each taught in one known wording, are said in nine others
@@ -114,7 +115,8 @@ def measure(cfg):
     seed = out.name.rsplit("_", 1)[1]
     source = out.parent.parent / out.parent.name.replace("teaching", "facts") / f"default_{seed}"
     if not (source / "speak" / "ckpt.pt").is_file():
-        raise ValueError(f"{source} is missing: run `python -m labs.facts --arms=default` first")
+        raise ValueError(f"{source} is missing: run `python -m labs.facts --arms=default --redo` "
+                         "first (with --results=FOLDER the published figures stay)")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copy(source / "speak" / "ckpt.pt", out)

@@ -1,6 +1,7 @@
 """What a table of a lab can be trusted for, one property a test. Nothing is trained here."""
 import csv
 import dataclasses
+import importlib
 import os
 
 import pytest
@@ -219,3 +220,10 @@ def test_a_table_of_the_repositorys_results_has_the_numbers_of_their_file(lab, c
         name, *cells = line.strip("| ").split(" | ")
         rows = [kept[arm, figure] for figure in columns.values()]
         assert name == arm and cells == [f"{row['value']} ± {row['deviation']}" for row in rows]
+
+
+def test_every_arm_can_be_named_in_arms():
+    """--arms=a,b is split at commas."""
+    for path in (records.REPOSITORY / "labs").glob("*.py"):
+        lab = importlib.import_module(f"labs.{path.stem}")
+        assert not [name for name in getattr(lab, "ARMS", {}) if "," in name], path.name
