@@ -1330,23 +1330,26 @@ def train_phases(opened):
                           teacher=None if vectors is None else content_of(vectors))
         loss_at, measure = PHASE_OF[phase](run)
         fit(run, phase, loss_at, measure, log, save, **resumed)
+    print_summary(run, phases, left, log)
+    return log.last()
 
-    figures = log.last()
+def print_summary(run, phases, left, log):
+    """Print what the phases that were trained, `left` of `phases`, have reached."""
     # phase 2 changes the encoder: what phase 1 measured is not repeated by a later command
     told = [row for row in log.rows if "pretrain" in left or row["phase"] != "pretrain"]
     lines = report.summary(report.newest(told))
-    if said := report.alarm(report.newest(told), cfg):
+    if said := report.alarm(report.newest(told), run.cfg):
         lines.append(said)
-    if cfg.preset == "minute" and phases == PHASES:
+    if run.cfg.preset == "minute" and phases == PHASES:
         lines.append(report.MINUTE)
     print("\n".join(lines))
     if phases[-1] == "speak":
         if run.questions is None:
             lines = report.gaps_aloud(run)
         else:
-            lines = report.transcript(run, run.questions, run.concepts, figures["threshold"])
+            threshold = log.last()["threshold"]
+            lines = report.transcript(run, run.questions, run.concepts, threshold)
         print("\n".join(lines))
-    return figures
 
 def run(cfg, corpus=None, model=tjepa.TJEPA):
     """Run the phases that cfg names: what the command line and the labs call.

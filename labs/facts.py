@@ -166,8 +166,8 @@ def far_natural(run, threshold):
     known = evaluate.concept_distance(some, thoughts.latent) <= threshold
     right = torch.tensor([text == row.answer for text, row in zip(said, some.questions.rows)])
     found = evaluate.by_split(some.questions, "far", right.to(known.device) & known)
-    return {name.removesuffix("_natural"): value for name, value in found.items()
-            if name in ("far_DEC_natural", "far_LAT_natural")}
+    return {f"far_{split}": found[f"far_{split}_natural"] for split in TAUGHT
+            if f"far_{split}_natural" in found}
 
 # -- kinds of arms: each trains and returns its figures --------------------------------------------
 

@@ -1,8 +1,7 @@
 """
 Facts that are added to a finished run: are they said in new wordings, and what do they cost?
 
-        python -m labs.teaching             3 seeds; starts from the runs of `python -m labs.facts`
-
+    python -m labs.teaching             3 seeds; starts from the runs of `python -m labs.facts`
     python -m labs.teaching --fast      a few steps of each arm: does it run?
 
 Expected before the first run: ten facts, each taught in one known wording, are said in nine others

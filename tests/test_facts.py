@@ -331,3 +331,11 @@ def test_the_command_writes_what_train_reads(toy, capsys):
     assert "12 answers, 32 numbers each" in capsys.readouterr().out
     train.run(dataclasses.replace(distill, teacher=str(folder / "gpt.npz")))
     assert train.load_checkpoint(run.out)["config"]["teacher_width"] == 32
+
+
+def test_wordings_resemble_each_other_by_their_content_words():
+    """Three content words of four are shared, then none, then one of seven."""
+    trained = ["Name the capital city of {s}.", "Who runs {s}?"]
+    assert facts.resembles("capital city name for the land {s}", trained)
+    assert not facts.resembles("to which town of {s} do ministers go", trained)
+    assert not facts.resembles("seat of the government, capital, biggest place, {s}", trained)
