@@ -145,8 +145,12 @@ def rotary(size, dim):
 
 def rotate(x, rope):
     """Rotate each pair of dimensions of x (..., T, hs) by the angles of rope (..., T, hs/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (..., T, hs/2)
-    return torch.view_as_real(pairs * rope).flatten(-2)
+    pairs = x.float().unflatten(-1, (-1, 2))                            # (..., T, hs/2, 2)
+    if torch.compiler.is_compiling():   # (a + ib)(c + is) in real numbers: a compiler fuses those
+        cos, sin = torch.view_as_real(rope)[..., None].unbind(-2)       # (..., T, hs/2, 1)
+        turned = pairs.flip(-1) * pairs.new_tensor([-1.0, 1.0])         # i(a + ib) = -b + ia
+        return (pairs * cos + turned * sin).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2)
 
 def additive(mask):
     """Bool (B, L), True where a latent may be attended to -> 0 there, else -inf: (B, 1, 1, L).

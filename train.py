@@ -71,7 +71,7 @@ class Config(tjepa.Config):
     device: str = "auto"        # auto | cuda | mps | cpu
     threads: int = 0            # of a CPU; 0: the faster number in a short trial
     dtype: str = "auto"         # auto | fp32 | bf16: bf16 autocast where the hardware gains from it
-    compile: bool = False       # torch.compile of phase 1: a long start, then faster on a GPU
+    compile: bool = False       # phase 1 as a few graphs: a long start, fewer launches on a GPU
     resume: bool = False        # continue --out; on a CPU bit-identical to one uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1
     masks: int = 1              # span masks drawn for each row; time and memory grow with it
@@ -304,9 +304,28 @@ def pick_device(cfg):
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / 1e9
         print(f"{torch.cuda.get_device_name()}, {free:.1f} GB of memory free")
-    if cfg.compile and sys.platform == "darwin":
-        raise ValueError("--compile: torch.compile gives wrong results on macOS; leave it out")
+    if cfg.compile:
+        if why := no_graphs():
+            raise ValueError(f"--compile: {why}; leave it out")
+        print("--compile: in phase 1 forward, backward, clipping and EMA are one graph each, AdamW "
+              "is one fused operation; rows and masks are drawn on the CPU")
     return device, torch.bfloat16 if bf16 else None
+
+def no_graphs():
+    """Why torch.compile can't make graphs of phase 1 here; "" where it can."""
+    if sys.platform == "darwin":
+        return "torch.compile gives wrong results on macOS"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        return f"torch {torch.__version__} breaks the graphs of phase 1, 2.7 does not"
+    return ""
+
+def as_graph(function):
+    """A function of tensors of fixed shapes as one graph; its random draws are those of eager mode.
+
+    Equal to eager mode up to rounding: other kernels add in another order.
+    """
+    return torch.compile(function, fullgraph=True, dynamic=False,
+                         options=dict(fallback_random=True))
 
 def pick_threads(cfg):
     """How many threads a CPU computes with; prints it. A trial decides where --threads does not.
@@ -519,6 +538,17 @@ def learning_rate(step, steps, peak, warmup):
     # 3. the lower of the two: with warmup = .05 they meet at .995 of the peak
     return peak * min(rise, fall)
 
+def after_backward(run, phase):
+    """Functions that clip the gradient and move the target, the second None where it stands still.
+
+    With --compile they are graphs in phase 1.
+    """
+    clip = torch.nn.utils.clip_grad_norm_
+    ema_update = run.model.ema_update if target_moves(run.cfg, phase) else None
+    if run.cfg.compile and phase == "pretrain":
+        return as_graph(clip), as_graph(ema_update)
+    return clip, ema_update
+
 def target_moves(cfg, phase):
     """Does the EMA target follow the context encoder in this phase?
 
@@ -678,6 +708,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
     round_steps = steps // cfg.rounds if phase == "distill" else steps
     optimizer = make_optimizer(run, phase, optimizer_state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    clip, ema_update = after_backward(run, phase)
     journal = Journal(run, phase, optimizer, measure, log, save)
     journal.begin(start, evaluated)
 
@@ -702,13 +733,13 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
             (loss / cfg.accum).backward()
 
         # optimizer step
-        grad = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        grad = clip(parameters, cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
 
         # EMA: the target encoder follows the context encoder
-        if target_moves(cfg, phase):
-            model.ema_update()
+        if ema_update:
+            ema_update()
 
         # log, evaluate, save
         journal.after(step + 1, loss, stats, lr, grad)
@@ -719,7 +750,7 @@ def fit(run, phase, loss_at, measure, log, save, start=0, optimizer_state=None, 
 def pretrain(run):
     """Phase 1: rows of text, spans removed."""
     cfg, model = run.cfg, run.model
-    loss_of = torch.compile(model.pretrain_loss) if cfg.compile else model.pretrain_loss
+    loss_of = as_graph(model.pretrain_loss) if cfg.compile else model.pretrain_loss
     word_start = model.word_start.cpu()
     has_capitals = "capital" in run.corpus.values
 

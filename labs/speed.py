@@ -2,7 +2,7 @@
 How fast is a training step, how fast could this machine be, and what would a GPT cost?
 
     python -m labs.speed --nanogpt=../nanoGPT   15 minutes on 2 cores; run nothing else meanwhile
-    python -m labs.speed --fast                 10 seconds on one core: does it run?
+    python -m labs.speed --fast                 a minute of a core: does it run?
 
 Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: .91 /
 .99 / 1.04 of it at width 128 / 256 / 512). To think once saves time in long answers only. Arms are
@@ -13,11 +13,13 @@ called in turn, A B C A B C ..., so that a busy moment of the machine hits all o
     GFLOP       by torch.utils.flop_counter: 2 per multiply-add of each matrix product, forward and
                 backward; causal attention counts as a full square
     of_matmul   FLOP/s over those of the four bare matrix products of a block
-    launches    kernels that a GPU would launch, of a step or of one generated token
+    launches    kernels that a GPU would launch, of a step or of one generated token; of a compiled
+                step those that its graphs launch on a CPU (AdamW and a division are outside)
 """
 import dataclasses
 import importlib.util
 import itertools
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,6 +89,18 @@ def count_launches(act):
     with LaunchCounter() as counter:
         act()
     return counter.launches
+
+# what the compiler's code calls on a CPU: its own kernels, and those of libraries
+CALL = r"^ *(?:\w+ = )?(?:cpp_fused\w*\(|extern_kernels\.|torch\.ops\.aten\.)(\w*)"
+VIEWS = ("unsqueeze", "view_as_real")
+
+def compiled_launches(act):
+    """Kernels in the graphs that the first call of act compiles for a CPU."""
+    with inductor.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(act)
+    called = [name for code in codes
+              for name in re.findall(CALL, code.partition("def call(")[2], re.M)]
+    return sum(name not in VIEWS for name in called)
 
 def uncounted(draw):
     """draw(), a function that draws a batch, as one that launches nothing."""
@@ -148,15 +164,19 @@ class Lab:
                 self.limits[width] = rate
             figures = {"ms": ms, "ratio": ms / medians[0], "GFLOP": work, "GFLOP/s": rate,
                        "of_matmul": rate / self.limits.get(width, np.inf), "launches": kernels}
-            texts = {figure: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-                     for figure, x in figures.items() if x}
-            if name in notes:
-                texts["note"] = notes[name]
-            arm = f"{part}: {name}, width {width}, {'bf16' if self.dtype else 'fp32'}"
-            shared = dict(arm=arm, seeds=1, commit=arms.commit(), device=arms.machine())
-            rows = [shared | dict(figure=figure, value=text) for figure, text in texts.items()]
-            records.append(records.file_of("speed", self.flags), rows)
-            print(f"{arm}: ran" if self.flags.fast else f"{arm}: {texts}", flush=True)
+            self.keep(f"{part}: {name}", width, figures, notes.get(name))
+
+    def keep(self, arm, width, figures, note=None):
+        """Append the figures of an arm, a dict of numbers, and print them."""
+        texts = {figure: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+                 for figure, x in figures.items() if x}
+        if note:
+            texts["note"] = note
+        arm = f"{arm}, width {width}, {'bf16' if self.dtype else 'fp32'}"
+        shared = dict(arm=arm, seeds=1, commit=arms.commit(), device=arms.machine())
+        rows = [shared | dict(figure=figure, value=text) for figure, text in texts.items()]
+        records.append(records.file_of("speed", self.flags), rows)
+        print(f"{arm}: ran" if self.flags.fast else f"{arm}: {texts}", flush=True)
 
 # -- what is measured ------------------------------------------------------------------------------
 
@@ -184,17 +204,18 @@ def training_step(run, phase, loss_at, optimizer=None):
     """A function that takes one training step, by the statements of `train.fit`."""
     optimizer = optimizer or train.make_optimizer(run, phase)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    clip, ema_update = train.after_backward(run, phase)
 
     def step():
         """Forward, backward, clip, AdamW, EMA."""
         with run.autocast():
             loss, stats = loss_at(0.5)
         (loss / run.cfg.accum).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, run.cfg.clip)
+        clip(parameters, run.cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
-        if train.target_moves(run.cfg, phase):
-            run.model.ema_update()
+        if ema_update:
+            ema_update()
     return step
 
 def gpt_step(lab, model, optimizer=None):
@@ -244,6 +265,18 @@ def steps(lab):
         latents_alone = dict(mlm=0.0, pred_embd=width // 2)
         acts["phase 1, latents alone"] = phase_step(lab, "pretrain", width, **latents_alone)
         lab.measure("Training step", acts, lab.size.calls, width)
+
+def compiled(lab):
+    """A step of phase 1 with --compile, over the same step without, on a CPU."""
+    width = lab.size.widths[0]
+    eager, graphs = (phase_step(lab, "pretrain", width, compile=on) for on in (False, True))
+    eager()                                             # warms up
+    launches = dict(eager=count_launches(eager), compiled=compiled_launches(graphs))
+    times = [(lab.time(eager), lab.time(graphs)) for _ in range(lab.size.calls)]
+    medians = np.median(times, axis=0)
+    for name, ms in zip(launches, medians):
+        figures = dict(ms=ms, ratio=ms / medians[0], launches=launches[name])
+        lab.keep(f"Phase 1 with --compile: {name}", width, figures)
 
 def endless(lab, width, size):
     """An untrained model in which no token ends an answer: it says `size` tokens."""
@@ -306,7 +339,7 @@ def text_of(rows):
         of_part[arm][row["figure"]] = row["value"]
     texts = []
     for (part, device), of_part in found.items():
-        if part.startswith((MATMUL, "Training step", "Saying", "Question")):
+        if part.startswith((MATMUL, "Training step", "Phase", "Saying", "Question")):
             lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in of_part.items()]
             texts.append(f"{part}, on {device}:\n\n{markdown([['arm', *SHOWN], *lines])}")
     return "\n\n".join(texts)
@@ -314,11 +347,13 @@ def text_of(rows):
 def speed(flags):
     """Measure everything, then print the table."""
     arms.folder_of("speed", flags)      # refuses --fast with --table
-    print(f"labs.speed: {'10 seconds on one core' if flags.fast else '15 minutes on 2 cores'}")
+    print(f"labs.speed: {'a minute of a core' if flags.fast else '15 minutes on 2 cores'}")
     if flags.nanogpt and not Path(flags.nanogpt, "model.py").is_file():
         raise ValueError(f"--nanogpt={flags.nanogpt} is no checkout of nanoGPT: it has no model.py")
     lab = Lab(flags)
     steps(lab)
+    if lab.device == "cpu" and not train.no_graphs():
+        compiled(lab)
     with torch.no_grad(), lab.run(torch.nn.Identity()).autocast():
         generation(lab)
         thinking(lab)

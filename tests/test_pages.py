@@ -288,8 +288,7 @@ def too_much(text):
     pictures = len(set(re.findall(r"assets/[\w.]+(?:png|svg|gif)", text)))
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     n_tables = len(re.findall(r"^\|[ :|-]+\|$", text, re.MULTILINE))
-    prose = re.sub(r"<!--.*?-->|<[^>]+>|\]\([^)]*\)", " ", text, flags=re.DOTALL)
-    n_words = sum(bool(re.search(r"\w", word)) for word in prose.split())
+    n_words = sum(bool(re.search(r"\w", word)) for word in text.split())
     return [name for name, exceeded in (("words", n_words > 1600), ("tables", n_tables > 3),
                                         ("pictures", pictures < 4)) if exceeded]
 

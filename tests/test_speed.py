@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tjepa
+import train
 from labs import arms, records, speed
 
 # what the lab relies on of nanoGPT's model.py
@@ -190,6 +191,14 @@ def test_a_fused_operation_counts_once_for_all_its_tensors():
     assert speed.count_launches(lambda: torch._foreach_mul_(tensors, 2.0)) == 1
 
 
+@pytest.mark.skipif(bool(train.no_graphs()), reason=train.no_graphs())
+def test_a_graph_launches_what_it_cannot_fuse():
+    """A chain of pointwise operations is one kernel, a matrix product one more."""
+    x, weight = torch.randn(64, 64), torch.randn(64, 64)
+    graph = train.as_graph(lambda: (torch.sin(x).exp() * 2) @ weight)
+    assert speed.compiled_launches(graph) == 2
+
+
 def test_a_deeper_model_launches_more_and_a_longer_text_does_not():
     with torch.no_grad():
         counts = [speed.count_launches(lambda: gpt(depth)(words(2, length)))
@@ -246,6 +255,11 @@ def test_fast_runs_every_arm_and_prints_a_line_for_each(fast):
         here = [name.split(": ")[1].split(",")[0] for name in names
                 if name.startswith("Training step") and f"width {width}," in name]
         assert here == ["nanoGPT", "GPT of our blocks", "phase 1", "phase 2", "phase 3", "phase 1"]
+    launches = {row["arm"]: int(row["value"]) for row in rows if row["figure"] == "launches"
+                and row["arm"].startswith("Phase 1 with --compile")}
+    if launches:
+        eager, compiled = launches.values()
+        assert 0 < compiled < 0.8 * eager
 
 
 def test_the_table_shows_the_newest_measurement_of_an_arm():

@@ -81,6 +81,37 @@ def test_resume_is_bit_exact(world, tmp_path, phase, monkeypatch):
     assert len(steps) == len(set(steps)) and steps[-1] == ("speak", str(FLAGS["speak_steps"]))
 
 
+@pytest.mark.skipif(bool(train.no_graphs()), reason=train.no_graphs())
+def test_a_compiled_phase_1_is_the_eager_one_and_resumes(world, tmp_path, monkeypatch):
+    """--compile: no graph breaks, each step draws from its own seed, weights differ by rounding."""
+    few = dict(phase="pretrain", pretrain_steps=4, eval_every=2, n_layer=1, top_k=1)
+
+    def run(name, **changes):
+        train.run(config(world.folder, tmp_path / name, **few | changes))
+    run("eager")
+    run("compiled", compile=True)
+    run("other", seed=1)
+    eager, compiled, other = (weights(tmp_path / name) for name in ("eager", "compiled", "other"))
+    embedding = "context_encoder.embed.weight"
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], atol=1e-5, rtol=1e-4)
+    assert (other[embedding] - eager[embedding]).abs().max() > 1e-3
+
+    save = train.save_checkpoint
+
+    def save_and_die(out, checkpoint, *more):
+        save(out, checkpoint, *more)
+        if checkpoint["step"] == 2:
+            raise RuntimeError("power failure")
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    with pytest.raises(RuntimeError, match="power failure"):
+        run("stopped", compile=True)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    train.run(train.resolve(dict(resume=True, out=str(tmp_path / "stopped"))))
+    resumed = weights(tmp_path / "stopped")
+    assert [name for name in resumed if not torch.equal(resumed[name], compiled[name])] == []
+
+
 def test_phases_one_by_one_continue_a_run(world, tmp_path, capsys):
     """Text alone, then the questions, then speech: three commands on one folder."""
     out = f"--out={tmp_path / 'run'}"
