@@ -3,7 +3,7 @@ A text of one's own: does a run learn its words, and can it say what is hidden?
 
     python data/shakespeare/prepare.py          tiny Shakespeare, 1 MB
     python data/wordnet/prepare.py              WordNet's glosses, 3 MB
-    python -m labs.text --seeds=1               all arms; about 3 hours of a core
+    python -m labs.text --seeds=1               all arms; over 3 hours of a core
     python -m labs.text --fast                  a minute of a core: does it run?
 
 Expected before the first run: after as many tokens the masked LM and the token head of the default
@@ -15,8 +15,8 @@ Expected of the long arms, four times the steps of phases 1 and 3: by then a row
 times, so the held-out figures gain less than a doubling.
 
 The arms of a text read the same rows with the same learning rate, the one that `train.py
---data=FILE` takes for it. The masked LM has no predictor and no latents, and fills a gap greedily, all of its tokens
-at once. The GPT reads the text before a gap alone; it goes on greedily from there.
+--data=FILE` takes for it. The masked LM has no predictor and no latents, and fills a gap greedily,
+all of its tokens at once. The GPT reads the text before a gap and goes on greedily from there.
 """
 import dataclasses
 import math
@@ -224,7 +224,8 @@ def text(flags):
     arms = ARMS
     for file in sorted({ARMS[name].data for name in chosen(flags, ARMS)}):
         if flags.seeds and not Path(file).is_file():
-            raise ValueError(f"{file} is missing: run `python {Path(file).parent}/prepare.py` first")
+            script = Path(file).with_name("prepare.py")
+            raise ValueError(f"{file} is missing: run `python {script}` first")
     if flags.fast:
         print("labs.text --fast: a minute of a core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
