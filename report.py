@@ -407,13 +407,12 @@ def summary(figures):
 
 def pretrain_line(figures):
     """Phase 1 in one line."""
-    share = figures["rank"] / figures["bound"]
     line = (f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, "
-            f"rank {figures['rank']:.0f} of {figures['bound']} (share {share:.2f}), "
-            f"{figures['health']}")
+            f"rank {figures['rank']:.0f} of {figures['bound']}, {figures['health']}")
     if "cloze_capital" in figures:
-        line += (f", capital by lowest energy {figures['cloze_capital']:.2f} "
-                 f"(chance {figures['cloze_capital_chance']:.3f}), among all of the world "
+        line += (f", the capital of lowest energy is right {figures['cloze_capital']:.2f} "
+                 f"(chance {figures['cloze_capital_chance']:.3f}), among "
+                 f"{1 / figures['cloze_capital_all_chance']:.0f} "
                  f"{figures['cloze_capital_all']:.2f} "
                  f"({figures['cloze_capital_all_chance']:.3f})")
     return line
@@ -529,7 +528,7 @@ def transcript(run, questions, table, threshold):
     notes = {
         "DEC": "taught in latent space and as tokens",
         # its answer alone is: the decoder practises the words of all answers (echo)
-        "LAT": "taught in latent space, its question with the answer never shown to the decoder",
+        "LAT": "taught in latent space; the decoder never saw this question with its answer",
         "NEVER": "its subject is invented, nothing knows it",
     }
     questions = questions.only("heldout")

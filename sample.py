@@ -159,7 +159,7 @@ def answer(session, question, source):
     thought, distance = think(session, question, source)
     near, threshold = distance.min().item(), session.checkpoint["threshold"]
     concept = printable(session.checkpoint["answers"][distance.argmin()], None)
-    found = f"(nearest: {concept}, at {near:.1f} of {threshold:.1f}"
+    found = f"(nearest: {concept}, at {near:.1f}, threshold {threshold:.1f}"
     if near > threshold and not session.flags.always_answer:
         print(f"I don't know   {found}; --always_answer speaks anyway)")
         return

@@ -72,6 +72,7 @@ def diagram():
     parts += one_path(825)
     parts += [words(165, 325, "target encoder: moving average (EMA)"),
               words(165, 344, "of the context encoder"),
+              words(165, 363, "beside MSE: SIGReg and a token loss"),
               words(495, 325, "no answer token is produced")]
     for x, colour, text in ((150, TRAINED, "trained in this phase"),
                             (380, FROZEN, "no gradient")):

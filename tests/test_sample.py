@@ -97,7 +97,7 @@ def test_what_was_taught_is_said(ask):
     """The whole chain: question, thought, threshold, words."""
     for car, maker in MAKERS.items():
         said, = ask(f"--prompt={car}?", "--always_answer")
-        assert re.fullmatch(rf"{maker}   \(nearest: {maker}, at \d+\.\d of \d+\.\d\)", said)
+        assert re.fullmatch(rf"{maker}   \(nearest: {maker}, at \d+\.\d, threshold \d+\.\d\)", said)
 
 
 def test_greedy_speech_does_not_depend_on_the_seed(ask):
@@ -154,7 +154,7 @@ def test_beyond_the_threshold_it_does_not_know(ask, changed):
     """Nothing is nearer than 0; --always_answer speaks anyway."""
     out = changed("speak", threshold=0.0)
     said, = ask(out, "--prompt=Octavia?")
-    assert re.fullmatch(r"I don't know   \(nearest: .+, at \d+\.\d of 0\.0; "
+    assert re.fullmatch(r"I don't know   \(nearest: .+, at \d+\.\d, threshold 0\.0; "
                         r"--always_answer speaks anyway\)", said)
     assert ask(out, "--prompt=Octavia?", "--always_answer")[0].startswith("Škoda   (nearest: ")
 
