@@ -40,7 +40,9 @@ def settings(n_characters, file):
     """What `train.py --data=FILE` takes for so many characters of prose in the Latin script."""
     sizes = next(row[1:] for row in train.TEXT_SIZES if n_characters <= row[0])
     names = ("vocab_size", "pretrain_steps", "speak_steps")
-    return NOW | train.TEXT | dict(zip(names, sizes)) | dict(eval_every=10 ** 9, data=file)
+    # without questions there is no phase 2
+    rest = dict(distill_steps=0, eval_every=10 ** 9, data=file)
+    return NOW | train.TEXT | dict(zip(names, sizes)) | rest
 
 def systems(text):
     """The systems that read a text, with its settings: name -> Arm."""
