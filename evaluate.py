@@ -451,17 +451,28 @@ class Gaps(NamedTuple):
 # `sample.py --fill` is asked to fill
 FEW = 0.15
 
-def draw_gaps(run, text, rows, longest, alone=False):
-    """`Gaps` in random rows of a `data.Text`: whole spans of at most `longest` tokens.
+class Holes(NamedTuple):
+    """Rows of text from which n spans are removed, before anything is thought of them."""
+    tokens: torch.Tensor        # (B, T)
+    span_ids: torch.Tensor      # (B, T) as `tjepa.sample_spans` returns them
+    room: int                   # the most tokens that a row loses; each ends in as much padding
+    row: torch.Tensor           # (n,) the row of each span
+    span: torch.Tensor          # (n,) its number in that row
+    words: torch.Tensor         # (n, A) its tokens, with EOS
+    begin: torch.Tensor         # (n,) position of its first token
 
-    They are drawn as in phase 1, but few of them. alone: one a row, and the rest of the row stays.
+def cut_holes(run, text, word_start, rows, longest, alone=False):
+    """`Holes` in random rows of a `data.Text`: whole spans of at most `longest` tokens.
+
+    They are drawn as in phase 1, but few of them. word_start: bool (V,), on the run's device.
+    alone: one a row, and the rest of the row stays.
     """
-    cfg, model = run.model.cfg, run.model
+    cfg = run.model.cfg
     few = dataclasses.replace(cfg, mask_ratio=min(FEW, cfg.mask_ratio))
     # Rows that lose fewer tokens than another need as much padding: all of them are cut for it.
     room = max(1, round(few.mask_ratio * cfg.block_size))
     tokens = text.batch(rows)[:, :-room].to(run.device)                 # (B, T)
-    drawn = tjepa.sample_spans(tokens, model.word_start, few)           # (B, T)
+    drawn = tjepa.sample_spans(tokens, word_start, few)                 # (B, T)
 
     # 1. which spans count: up to `longest` tokens, side by side, that end where a word ends
     numbers = torch.arange(few.max_spans, device=run.device)[:, None]
@@ -470,7 +481,7 @@ def draw_gaps(run, text, rows, longest, alone=False):
     first = members.int().argmax(-1)
     end = first + length                                                # (B, S)
     side_by_side = members.flip(-1).int().argmax(-1) == tokens.size(1) - end
-    begins = torch.nn.functional.pad(model.word_start[tokens], (0, 1), value=True)
+    begins = torch.nn.functional.pad(word_start[tokens], (0, 1), value=True)
     counts = (length > 0) & (length <= longest) & side_by_side
     whole = counts & begins.gather(1, end)
     if whole.any():                     # a text without words, as a genome, has no whole ones
@@ -478,13 +489,11 @@ def draw_gaps(run, text, rows, longest, alone=False):
     if alone:
         counts &= counts.cumsum(1) == 1
 
-    # 2. what is left is removed, in the numbers that the model knows
+    # 2. they are removed, in the numbers that the model knows
     stays = ~counts.gather(1, drawn.clamp(max=few.max_spans - 1)) | (drawn == few.max_spans)
     span_ids = drawn.masked_fill(stays, cfg.max_spans)
     tokens = torch.nn.functional.pad(tokens, (0, room), value=cfg.pad)
     span_ids = torch.nn.functional.pad(span_ids, (0, room), value=cfg.max_spans)
-    with run.autocast():
-        predicted, target, _ = model.think_gaps(tokens, span_ids, n_removed=room)
 
     # 3. the words of each span, then EOS
     row, span = counts.nonzero(as_tuple=True)                           # (n,), (n,)
@@ -492,8 +501,15 @@ def draw_gaps(run, text, rows, longest, alone=False):
     offset = torch.arange(longest + 1, device=run.device)               # (A,)
     words = tokens[row[:, None], (begin + offset).clamp(max=tokens.size(1) - 1)]
     words = words.masked_fill(offset >= size, cfg.pad).scatter(1, size, cfg.eos)
-    return Gaps(predicted[row, span].float(), target[row, span].float(), words, tokens[row],
-                begin[:, 0])
+    return Holes(tokens, span_ids, room, row, span, words, begin[:, 0])
+
+def draw_gaps(run, text, rows, longest, alone=False):
+    """`Gaps` in random rows of a `data.Text`: the thoughts of `Holes`; arguments as there."""
+    holes = cut_holes(run, text, run.model.word_start, rows, longest, alone)
+    with run.autocast():
+        predicted, target, _ = run.model.think_gaps(holes.tokens, holes.span_ids, holes.room)
+    thoughts = [z[holes.row, holes.span].float() for z in (predicted, target)]      # (n, D) each
+    return Gaps(*thoughts, holes.words, holes.tokens[holes.row], holes.begin)
 
 def gap_thought(run, left, n, right):
     """The thought of a gap of n tokens between left and right, lists of ids: a `Thought`, 1 row."""

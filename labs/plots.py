@@ -260,25 +260,24 @@ def teaching(said, cost, rows):
 
 def text(common, similar, gaps, rows):
     """Hidden words by energy and by tokens, among common words and similar ones; spoken gaps."""
-    colours = {"default": BLUE, "latents alone": RED, "masked LM": GREEN, "GPT": PURPLE}
-    arms = arms_of("text", 0)
+    colours = {"default": BLUE, "four times the reading": ORANGE, "latents alone": RED,
+               "masked LM": GREEN, "GPT": PURPLE}
     for axis, ways in ((common, ("prior", "head")), (similar, ("similar_energy", "similar_head"))):
         for place, way in enumerate(ways):
-            for number, arm in enumerate(arms):
+            for number, (arm, colour) in enumerate(colours.items()):
                 found = over_seeds(rows, arm, f"word_{way}_hit5")
                 if found:
-                    axis.bar(place + (number - 1.5) * .2, found.mean, .18, color=colours[arm],
-                             yerr=found.deviation or 0, capsize=2,
-                             label=arm if axis is common and place else None)
+                    axis.bar(place + (number - 2) * .16, found.mean, .15, color=colour,
+                             yerr=found.deviation or 0, capsize=2)
         way = "similar_unigram" if axis is similar else "unigram"
         axis.axhline(over_seeds(rows, "default", f"word_{way}_hit5").mean, color=GREY,
                      linestyle="--")
-    dots(gaps, rows, arms, "gap_f1", colours)
+    dots(gaps, rows, arms_of("text", 5) + arms_of("text", 6), "gap_f1", colours)
     common.set_xticks((0, 1), ("energy + frequency", "tokens"))
     common.set(title="among the 100 commonest", ylabel="hit@5, share of hidden words")
     similar.set_xticks((0, 1), ("energy alone", "tokens"))
     similar.set(title="among 100 of similar frequency")
-    gaps.set(title="spoken gaps, 1 to 3 tokens", xlabel="token F1", yticks=[])
+    gaps.set(title="spoken gaps, 1 to 3 tokens", xlabel="token F1", xlim=(0, None))
 
 def seeing(said, taught, decodes, rows):
     """Exact match by arm, flags with and without their pictures, and captions of streams."""

@@ -95,11 +95,10 @@ def gpt_fill(run, rows=512):
 
     It is told how many tokens are hidden.
     """
-    # the gaps of a T-JEPA; what an untrained one thinks of them is not read
-    jepa = run._replace(model=train.build(run.cfg, run.corpus.tokenizer).to(run.device))
+    word_start = torch.tensor(run.corpus.tokenizer.word_start, device=run.device)
     torch.manual_seed(0)
-    gaps = evaluate.draw_gaps(jepa, run.corpus.val, rows, longest=3, alone=True)
-    pad, text = run.model.cfg.pad, gaps.text.clone()
+    gaps = evaluate.cut_holes(run, run.corpus.val, word_start, rows, longest=3, alone=True)
+    pad, text = run.model.cfg.pad, gaps.tokens[gaps.row]
     row = torch.arange(len(text), device=run.device)
     # what stands in the gap and after it is not read: attention is causal, so one row at a time
     # is continued in place
