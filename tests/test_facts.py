@@ -51,6 +51,12 @@ def test_arms_share_the_phases_that_they_copy():
 
 def test_arms_read_and_are_taught_as_much_as_their_names_say():
     for name, cfg in facts.ARMS.items():
+        if name.startswith("half the "):
+            phases = "pretrain", "distill", "speak"
+            steps = [[getattr(of, f"{phase}_steps") for phase in phases]
+                     for of in (cfg, train.Config)]
+            assert 0.45 * sum(steps[1]) < sum(steps[0]) < 0.56 * sum(steps[1]), name
+            continue
         if cfg.pretrain_steps:
             times = 3 if "three times as long" in name else 1
             assert cfg.pretrain_steps == times * train.Config.pretrain_steps, name
