@@ -258,7 +258,9 @@ def test_threads_do_not_change_a_gradient(monkeypatch):
 
 
 @pytest.mark.skipif(BREAKS_GRAPHS, reason="torch 2.5 and 2.6 break graphs")
-@pytest.mark.parametrize("changes", [{}, dict(mlm=0.0), dict(target="token", loss="infonce")])
+@pytest.mark.parametrize("changes", [
+    {}, dict(mlm=0.0), dict(target="token", loss="infonce"), dict(stop_gradient=False, sigreg=0.0),
+    dict(top_k=1, target_norm=False), dict(embed_scale=50.0, pred_layer=2)])
 def test_phase_1_compiles_without_a_graph_break(changes):
     """--compile: a break would make a GPU wait. Masking and loss are one graph each."""
     model, tokens = make(**changes), rows(4, 16)
