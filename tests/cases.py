@@ -343,8 +343,9 @@ def report_cases(logs):
                   "{folder}/fifo/x.pdf", "{folder}/\udcff.png", "{folder}/loop/x.png"):
         yield Case(f"report out={value[:20]!r}", "report.py", ["{folder}/run", f"--out={value}"])
     for names in (("run", "half"), ("run", "text", "taught"), ("run", "log nan"),
-                  ("run", "nowhere"), ("run", "foreign"), ("run", "work/../run"), ("run", "half") * 6,
-                  ("run", "log fifo"), ("half", "log large"), ("read", "taught", "log negative")):
+                  ("run", "nowhere"), ("run", "foreign"), ("run", "work/../run"),
+                  ("run", "half") * 6, ("run", "log fifo"), ("half", "log large"),
+                  ("read", "taught", "log negative")):
         runs = [f"{{folder}}/{name}" for name in names]
         yield Case(f"report {names}", "report.py", [*runs, picture])
         yield Case(f"report {names} --follow", "report.py", [*runs, picture, "--follow"],
@@ -392,7 +393,8 @@ def gap_cases():
     """--fill and --go_on on a run that says gaps, and on others."""
     fillings = ["", " ", "[...]", "a [...]", "[...] a", "a [...] b [...] c", "a [..] b",
                 "a [\u2026] b", "[...", "...]", "[[...]]", "The moss is [...].",
-                "w " * 500 + "[...]", "[...]" + " w" * 500, "x" * 200_000 + " [...]", "[...]" * 1000, "a\nb [...]\nc",
+                "w " * 500 + "[...]", "[...]" + " w" * 500, "x" * 200_000 + " [...]",
+                "[...]" * 1000, "a\nb [...]\nc",
                 "\x1b[2J [...] \u202e", "\udcff [...]", "春天 [...] 大海", "e\u0301 [...] ",
                 "--x [...]", "[...]\u2028"]
     begins = ["", " ", "\n", "The", "The moss is", "w " * 500, "x" * 200_000, "[...]", "\x1b[2J",
@@ -423,7 +425,8 @@ def teach_cases(files):
     teach = ["--phase=teach", "--teach_steps=2"]
     for name in ("empty", "random", "utf16", "fifo", "folder", "missing", "/dev/zero", "one",
                  "good", "other answers", "two answers", "twice", "long question",
-                 "long answer", "control", "rtl", "csv", "huge field", "many pairs", "checkpoint", "header only", "new"):
+                 "long answer", "control", "rtl", "csv", "huge field", "many pairs", "checkpoint",
+                 "header only", "new"):
         yield Case(f"teach {name}", "train.py",
                    [*teach, f"--qa={files[name]}", "--out={folder}/run"])
     new = "--qa={folder}/files/new"

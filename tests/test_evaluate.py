@@ -21,7 +21,8 @@ def questions_of(*rows):
 
 def run_that_says(monkeypatch, said, distances, threshold=math.inf):
     """A run whose thought number i is spoken as said[i], at distances[i] from the concepts."""
-    monkeypatch.setattr(evaluate, "say", lambda run, which: [said[i] for i in which.latent.tolist()])
+    monkeypatch.setattr(evaluate, "say",
+                        lambda run, which: [said[i] for i in which.latent.tolist()])
     monkeypatch.setattr(evaluate, "concept_distance",
                         lambda run, latent: torch.tensor(distances))
     thoughts = types.SimpleNamespace(latent=torch.arange(len(said)))
@@ -35,7 +36,8 @@ MADE_UP = [("NEVER", "made_up", "r", "")] * 11
 
 
 @pytest.mark.parametrize("other", [
-    ("NEVER", phrasing, "r", "") for phrasing in ("heldout", "typed", "typo", "natural", "nonsense")])
+    ("NEVER", phrasing, "r", "")
+    for phrasing in ("heldout", "typed", "typo", "natural", "nonsense")])
 def test_the_threshold_reads_no_question_of_the_test(other):
     questions = questions_of(*MADE_UP, *[other] * 50)
     distance = torch.cat((10.0 + torch.arange(11.0), torch.zeros(50)))

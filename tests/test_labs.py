@@ -18,7 +18,8 @@ def flags(tmp_path, **changes):
 
 
 def older(tmp_path, *rows):
-    """Write a results file as an older table gives it; rows: arm, figure, mean, deviation, seeds."""
+    """Write a results file as an older table gives it; rows: arm, figure, mean, deviation,
+    seeds."""
     fields = "arm", "figure", "value", "deviation", "seeds"
     given = [dict(zip(fields, row)) | dict(commit="abc def", device="a CPU") for row in rows]
     records.append(tmp_path / "lab.csv", given)
@@ -57,7 +58,8 @@ def test_redo_replaces_the_rows_of_the_arm_and_seed_and_the_older_ones_of_the_ar
     rows = arms.run_arms("lab", ARMS, first, lambda cfg: dict(score=2.0))
     kept = {(row["arm"], row["seed"]): row for row in rows}
     assert kept.keys() == {("a", 0), ("a", 1), ("b", None)}
-    assert "gone" not in kept["a", 0] and (kept["a", 0]["score"], kept["a", 1]["score"]) == (2.0, 1.0)
+    assert "gone" not in kept["a", 0]
+    assert (kept["a", 0]["score"], kept["a", 1]["score"]) == (2.0, 1.0)
 
 
 def test_fast_runs_stay_out_of_the_results_and_are_not_skipped_because_of_them(tmp_path):
@@ -70,7 +72,8 @@ def test_fast_runs_stay_out_of_the_results_and_are_not_skipped_because_of_them(t
 
 def test_the_results_folder_does_not_depend_on_where_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert records.file_of("lab", arms.Flags()) == records.REPOSITORY / "labs" / "results" / "lab.csv"
+    results = records.REPOSITORY / "labs" / "results"
+    assert records.file_of("lab", arms.Flags()) == results / "lab.csv"
 
 
 def test_rows_before_an_arm_that_fails_are_kept(tmp_path):
@@ -83,7 +86,8 @@ def test_rows_before_an_arm_that_fails_are_kept(tmp_path):
     assert [row["score"] for row in arms.results("lab", flags(tmp_path))] == [1.0, 1.0]
 
 
-def test_an_arm_that_fails_stops_no_other_is_named_and_ends_the_lab_with_its_error(tmp_path, capsys):
+def test_an_arm_that_fails_stops_no_other_is_named_and_ends_the_lab_with_its_error(
+        tmp_path, capsys):
     def measure(cfg):
         if cfg.sigreg == ARMS["a"].sigreg:
             raise RuntimeError("out of memory")
@@ -97,13 +101,15 @@ def test_an_arm_that_fails_stops_no_other_is_named_and_ends_the_lab_with_its_err
 def test_arms_side_by_side_run_in_other_processes_and_one_that_fails_stops_no_other(tmp_path):
     with pytest.raises(ValueError, match="no"):
         arms.run_arms("lab", dict(b=ARMS["b"], a=ARMS["a"]), flags(tmp_path, jobs=2), toy.measure)
-    rows = arms.run_arms("lab", ARMS, flags(tmp_path, arms="a"), None)                  # all from the disk
+    # all from the disk
+    rows = arms.run_arms("lab", ARMS, flags(tmp_path, arms="a"), None)
     assert [(row["arm"], row["seed"], row["score"]) for row in rows] == [("a", 0, 0), ("a", 1, 1)]
     assert os.getpid() not in {row["process"] for row in rows}
 
 
 def test_arms_side_by_side_share_the_threads(tmp_path):
-    """Two processes of two threads each on two cores were measured: ten minutes for what takes three."""
+    """Two processes of two threads each on two cores were measured: ten minutes for what takes
+    three."""
     threads = torch.get_num_threads()
     torch.set_num_threads(6)
     try:
@@ -119,7 +125,9 @@ def test_an_unknown_arm_names_those_that_there_are(tmp_path):
 
 
 def test_table_shows_mean_and_spread_and_says_what_is_missing():
-    rows = [dict(arm="a", seed=seed, score=score) for seed, score in enumerate((1.0, 2.0, 3.0))] + [dict(arm="b", seed=0)]
+    scores = (1.0, 2.0, 3.0)
+    rows = [dict(arm="a", seed=seed, score=score) for seed, score in enumerate(scores)]
+    rows.append(dict(arm="b", seed=0))
     text = tables.table(rows, ARMS, {"the score": "score"})
     assert "| a | 2.000 ± 1.000 |" in text and "| b | not measured |" in text
     assert "(1 seed)" in tables.table(rows[:1], ARMS, {"the score": "score"})
@@ -131,7 +139,8 @@ def test_a_table_is_written_between_its_markers_only(tmp_path):
     page.write_text("before\n<!-- lab -->\nold\n<!-- /lab -->\nafter\n")
     tables.publish("lab", [dict(commit="abc")], "| new |", str(page))
     text = page.read_text()
-    assert text.startswith("before\n<!-- lab -->") and text.endswith("after\n") and "| new |" in text and "old" not in text
+    assert text.startswith("before\n<!-- lab -->") and text.endswith("after\n")
+    assert "| new |" in text and "old" not in text
     assert "abc" in text
     with pytest.raises(ValueError, match="<!-- other -->"):
         tables.publish("other", [dict(commit="abc")], "| new |", str(page))
@@ -139,20 +148,26 @@ def test_a_table_is_written_between_its_markers_only(tmp_path):
 
 def result(arm, seed, spread, found):
     """A row whose health word follows from spread, and whose worth follows from R@1."""
-    return dict(arm=arm, seed=seed, std=spread, share=1.0, rank=128.0, bound=128, r1_LAT_heldout=found)
+    return dict(
+        arm=arm, seed=seed, std=spread, share=1.0, rank=128.0, bound=128, r1_LAT_heldout=found)
 
 
 def test_health_word_is_judged_on_runs_that_it_was_not_derived_from():
     rows = [result("random-init encoder", 0, 0.4, 0.3)]
-    rows += [result("no stop-gradient", 0, 0.1, 0.1), result("frozen random target", 0, 0.3, 0.6)]      # derive
-    rows += [result("no stop-gradient", 1, 0.1, 0.1), result("paper", 0, 0.3, 0.6), result("paper", 1, 0.3, 0.1)]
+    # the thresholds are derived from these two
+    rows += [result("no stop-gradient", 0, 0.1, 0.1), result("frozen random target", 0, 0.3, 0.6)]
+    rows += [result("no stop-gradient", 1, 0.1, 0.1)]
+    rows += [result("paper", 0, 0.3, 0.6), result("paper", 1, 0.3, 0.1)]
     text = collapse.verdicts(rows, list(collapse.ARMS))
-    assert "Right: 1 of 2" in text and "up to a spread (std * rank / bound) of 0.100, healthy from 0.300" in text
+    assert "Right: 1 of 2" in text
+    assert "up to a spread (std * rank / bound) of 0.100, healthy from 0.300" in text
     assert "| healthy | 0 | 1 |" in text and "| collapsed | 0 | 1 |" in text
 
 
 def test_arms_of_the_collapse_lab_share_tokens_and_width():
-    shared = ("batch_size", "block_size", "n_embd", "n_layer", "mask_ratio", "pretrain_lr", "distill_steps", "vocab_size")
+    shared = (
+        "batch_size", "block_size", "n_embd", "n_layer", "mask_ratio", "pretrain_lr",
+        "distill_steps", "vocab_size")
     for cfg in collapse.ARMS.values():
         assert all(getattr(cfg, name) == getattr(collapse.BASE, name) for name in shared)
         assert cfg.pretrain_steps in (0, collapse.BASE.pretrain_steps)
@@ -189,7 +204,8 @@ def test_a_changed_arm_is_refused(tmp_path):
 def test_another_out_folder_is_not_another_arm(tmp_path):
     for out in ("here", "there"):
         cfg = {"a": train.Config(data=f"{out}/words.txt")}
-        rows = arms.run_arms("lab", cfg, flags(tmp_path, seeds=1, out=out), lambda cfg: dict(score=1.0))
+        few = flags(tmp_path, seeds=1, out=out)
+        rows = arms.run_arms("lab", cfg, few, lambda cfg: dict(score=1.0))
     assert len(rows) == 1
 
 
@@ -200,7 +216,8 @@ def test_figures_of_an_older_table_are_shown_and_are_not_seeds(tmp_path):
     # a has three seeds: nothing is run
     rows = arms.run_arms("lab", ARMS, flags(tmp_path, arms="a"), None)
     text = tables.table(rows, ARMS, columns)
-    assert "| a | 0.250 ± 0.125 | healthy |" in text and "| b | 0.500 (1 seed) | not measured |" in text
+    assert "| a | 0.250 ± 0.125 | healthy |" in text
+    assert "| b | 0.500 (1 seed) | not measured |" in text
     assert tables.by_seed(rows) == []
     # b has one seed of two
     assert arms.missing("lab", ARMS, flags(tmp_path)) == [("b", 1)]

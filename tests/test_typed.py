@@ -55,7 +55,8 @@ def test_quotes_blanks_and_a_mark_at_the_end_make_no_other_question(asked, encod
 
 
 @pytest.mark.parametrize("asked", [
-    "what is the capital of france?", "WHAT IS THE CAPITAL OF FRANCE", "What Is The Capital Of France",
+    "what is the capital of france?", "WHAT IS THE CAPITAL OF FRANCE",
+    "What Is The Capital Of France",
     " what is  the cAPITAL of francE\n"])
 def test_capitals_make_no_other_question(asked):
     """Each word is encoded as the text has it: one token, and none for a name in small letters."""
@@ -104,7 +105,8 @@ def test_as_typed_is_a_function_of_the_generator_and_does_all_it_says():
             'Can you tell me who wrote "Emma"?'} <= set(found)
     letters = [len(re.sub(r"\W", "", text)) for text in found]
     assert min(letters) >= len("wroteEmma") - 1
-    assert any(text.startswith(typed.BEFORE) and "Emma'" + typed.BEHIND[0] in text for text in found)
+    behind = "Emma'" + typed.BEHIND[0]
+    assert any(text.startswith(typed.BEFORE) and behind in text for text in found)
 
 
 def test_chat_stands_around_a_question_that_stays_whole():
@@ -373,8 +375,10 @@ def test_a_phase_trains_on_trained_wordings_and_is_measured_on_all_at_its_end_on
 
 # -- facts that are added --------------------------------------------------------------------------
 
-FRAMES = {"capital": ["What is the capital of {s}?"], "painter": ["who created {s}", "Whose is {s}?"],
-          "inventor": ["who created {s}"]}
+FRAMES = {
+    "capital": ["What is the capital of {s}?"],
+    "painter": ["who created {s}", "Whose is {s}?"],
+    "inventor": ["who created {s}"]}
 
 
 @pytest.mark.parametrize("question, found", [
@@ -391,7 +395,8 @@ def test_a_known_wording_is_found_without_regard_to_capitals_and_marks(question,
 def test_two_answers_to_questions_that_are_encoded_alike_are_refused(tmp_path):
     tokenizer = data.Tokenizer(data.train_bpe("What does Pat mean? " * 20, 300))
     path = tmp_path / "qa.tsv"
-    path.write_text("What does Pat mean?\ta touch\nWhat else?\tnothing\nwhat does pat mean\ta test\n")
+    path.write_text(
+        "What does Pat mean?\ta touch\nWhat else?\tnothing\nwhat does pat mean\ta test\n")
     with pytest.raises(ValueError, match="line 3.*line 1.*keep one"):
         data.read_fitting(path, tokenizer, 64, 24)
     path.write_text("What does Pat mean?\ta touch\nwhat does pat mean\ta touch\n")

@@ -16,8 +16,11 @@ OUT = Path(__file__).with_name("input.txt")
 def main():
     """Write OUT and print its size. A bad input ends the program with one line and exit code 2."""
     # without the usage text an error is one line
-    parser = argparse.ArgumentParser(description="prepare tiny Shakespeare", usage=argparse.SUPPRESS)
-    parser.add_argument("--input", metavar="FILE", help="a local copy of the text; without it, it is downloaded")
+    parser = argparse.ArgumentParser(
+        description="prepare tiny Shakespeare", usage=argparse.SUPPRESS)
+    parser.add_argument(
+        "--input", metavar="FILE",
+        help="a local copy of the text; without it, it is downloaded")
     args = parser.parse_args()
 
     try:
@@ -25,7 +28,8 @@ def main():
     except OSError as error:  # urllib's own errors are OSErrors too
         if args.input:
             parser.error(f"cannot read --input={args.input}: {error.strerror}")
-        parser.error(f"cannot download {URL} ({error}): fetch it elsewhere and give it as --input=FILE")
+        parser.error(
+            f"cannot download {URL} ({error}): fetch it elsewhere and give it as --input=FILE")
     source = f"--input={args.input}" if args.input else URL
     try:
         text = raw.decode("utf-8")
