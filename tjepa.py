@@ -710,14 +710,24 @@ class TJEPA(nn.Module):
 
     # -- phase 1: the JEPA step --------------------------------------------------------------------
 
-    def target_latents(self, spans):
-        """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C)."""
+    def target_latents(self, spans, n_masks=1):
+        """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C).
+
+        n_masks: so many rows, one after the other, are one text with other spans removed.
+        """
         cfg = self.cfg
         encoder = self.target_encoder if cfg.stop_gradient else self.context_encoder
         # the whole text is read, and the latents of the removed tokens are kept, (B, K, C)
         n_removed = spans.weights.size(2)
-        removed = encoder(spans.tokens, spans.positions, spans.real,
-                          top_k=cfg.top_k, n_last=n_removed)
+        if n_masks == 1:
+            removed = encoder(spans.tokens, spans.positions, spans.real,
+                              top_k=cfg.top_k, n_last=n_removed)
+        else:                           # one pass for all masks of a text, in the order of one
+            text = [x[::n_masks] for x in (spans.tokens, spans.positions, spans.real)]
+            latents = encoder(*text, top_k=cfg.top_k).repeat_interleave(n_masks, 0)     # (B, T, C)
+            place = text[1].argsort(1).repeat_interleave(n_masks, 0)    # of each position, (B, T)
+            place = place.gather(1, spans.positions[:, -n_removed:])    # (B, K)
+            removed = latents.gather(1, place[..., None].expand(-1, -1, latents.size(2)))
         target = spans.mean(removed)
         # The mean of unlike latents has a small norm, the smaller the longer the span. Without the
         # layer norm long spans would weigh less, and latents that cancel out would lower the loss.
@@ -726,15 +736,19 @@ class TJEPA(nn.Module):
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
         """Remove spans and predict their latents: tokens, span_ids (B, T) -> `Prediction`.
 
+        There may be several rows of span_ids for each row of tokens, one after the other.
         n_removed: the most tokens that a row loses; by default what `sample_spans` takes from a
         full row. unit: as in `split_spans`.
         """
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        n_masks = len(span_ids) // len(tokens)
+        if n_masks > 1:
+            tokens = tokens.repeat_interleave(n_masks, 0)
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
         # 1. target latents: the target encoder reads the whole text. Stop-gradient: its weights are
         #    frozen since `__init__`; step 5 moves them
-        target = self.target_latents(spans)                             # (B, S, C)
+        target = self.target_latents(spans, n_masks)                    # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
         kept, positions, kept_mask = spans.context_tokens()             # (B, T-K)

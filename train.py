@@ -74,7 +74,7 @@ class Config(tjepa.Config):
     compile: bool = False       # phase 1 as a few graphs: a long start, fewer launches on a GPU
     resume: bool = False        # continue --out; on a CPU bit-identical to one uninterrupted run
     batch_size: int = 48        # rows of text a step in phase 1
-    masks: int = 1              # span masks drawn for each row; time and memory grow with it
+    masks: int = 1              # span masks drawn for each row; each further one costs .8 of a step
     qa_batch_size: int = 64     # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, to save memory
     pretrain_steps: int = 1400  # steps of phase 1; 0 = the control with a random encoder
@@ -755,12 +755,13 @@ def pretrain(run):
     has_capitals = "capital" in run.corpus.values
 
     def draw():
-        """Random rows, each --masks times, (B, T), and what is removed from them, (B, T).
+        """Random rows (B, T), and what is removed from each, --masks times: (B * masks, T).
 
         On the CPU: a GPU computes meanwhile.
         """
-        tokens = run.corpus.train.batch(cfg.batch_size).repeat_interleave(cfg.masks, 0)
-        span_ids = tjepa.sample_spans(tokens, word_start, model.cfg)
+        tokens = run.corpus.train.batch(cfg.batch_size)
+        each = tokens.repeat_interleave(cfg.masks, 0)
+        span_ids = tjepa.sample_spans(each, word_start, model.cfg)
         return [part.to(run.device, non_blocking=True) for part in (tokens, span_ids)]
     parts = run.in_parts(draw)
 

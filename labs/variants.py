@@ -97,8 +97,11 @@ class NoPredictor(TJEPA):
     def predict(self, tokens, span_ids, n_removed=None, unit=None):
         """As `TJEPA.predict`."""
         n_removed = n_removed or max(1, round(tokens.size(1) * self.cfg.mask_ratio))
+        n_masks = len(span_ids) // len(tokens)
+        if n_masks > 1:
+            tokens = tokens.repeat_interleave(n_masks, 0)
         spans = tjepa.split_spans(span_ids, tokens, n_removed, self.cfg, unit)
-        target = self.target_latents(spans)
+        target = self.target_latents(spans, n_masks)
         kept, _, _ = spans.context_tokens()
         context, states = self.read(kept, spans.positions, spans.real)
         return tjepa.Prediction(spans.mean(states), target, context, states, spans)

@@ -257,6 +257,22 @@ def test_threads_do_not_change_a_gradient(monkeypatch):
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(target="token"), dict(stop_gradient=False)])
+def test_masks_of_one_text_share_the_pass_of_the_target(changes):
+    """--masks=3: one pass over the text gives what three would. Rows end in padding, too."""
+    model, tokens = make(**changes), rows(4, 16)
+    tokens[1, 11:] = PAD
+    each = tokens.repeat_interleave(3, 0)
+    spans = spans_of(model, each)
+    read = []
+    encoder = model.target_encoder if model.cfg.stop_gradient else model.context_encoder
+    encoder.register_forward_hook(lambda module, args, latents: read.append(len(args[0])))
+    shared, apart = model.predict(tokens, spans), model.predict(each, spans)
+    assert read[0] == 4 and 12 in read
+    torch.testing.assert_close(shared.target, apart.target)
+    assert torch.equal(shared.predicted, apart.predicted)
+
+
 @pytest.mark.skipif(BREAKS_GRAPHS, reason="torch 2.5 and 2.6 break graphs")
 @pytest.mark.parametrize("changes", [
     {}, dict(mlm=0.0), dict(target="token", loss="infonce"), dict(stop_gradient=False, sigreg=0.0),
