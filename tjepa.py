@@ -932,15 +932,16 @@ class TJEPA(nn.Module):
         caches = [KVCache(self.cfg.answer_size) for _ in self.decoder.blocks]
         B, device = len(memories[0].keys), memories[0].keys.device
         token = torch.full((B,), self.cfg.bos, device=device)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        ended = [False] * B             # a list: on a GPU it costs no launch
         for _ in range(self.cfg.answer_size):
             state = self.decoder(token[:, None], memories, caches)[:, -1]       # (B, C)
             logits = self.decoder.token_head(state).float()             # (B, V)
             token = sample_token(logits, temperature, top_k, top_p)
-            token = token.masked_fill(ended, self.cfg.pad)
+            if any(ended):
+                token = token.masked_fill(torch.tensor(ended, device=device), self.cfg.pad)
             yield token
-            ended = token >= self.cfg.pad               # the special tokens come last
-            if ended.all():
+            ended = [i >= self.cfg.pad for i in token.tolist()]     # the special tokens come last
+            if all(ended):
                 return
 
 def sample_token(logits, temperature=0.0, top_k=0, top_p=1.0):
