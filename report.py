@@ -407,7 +407,11 @@ def summary(figures):
 
 def pretrain_line(figures):
     """Phase 1 in one line."""
-    line = (f"pretrain: R2 {figures['val_r2']:.2f} on held-out text, "
+    fit = f"R2 {figures['val_r2']:.2f}"
+    if figures["val_r2"] <= 0 and figures["health"] in ("shrinking", "healthy"):
+        # InfoNCE leaves the length of a prediction open: R2 says nothing, and hit1 decides
+        fit = f"hit1 {figures['hit1']:.2f} (chance {figures['chance']:.3f})"
+    line = (f"pretrain: {fit} on held-out text, "
             f"rank {figures['rank']:.0f} of {figures['bound']}, {figures['health']}")
     if "cloze_capital" in figures:
         line += (f", the capital of lowest energy is right {figures['cloze_capital']:.2f} "

@@ -183,6 +183,15 @@ def test_a_figure_on_training_questions_is_called_that(tmp_path, monkeypatch):
     assert said.endswith("trained / held-out phrasing: DEC 0.700 / 0.600")
 
 
+def test_healthy_never_stands_beside_a_negative_r2():
+    """InfoNCE trains directions alone: its R2 says nothing, and what decides is printed instead."""
+    figures = dict(val_r2=-2.4, rank=95.0, bound=128, health="healthy", hit1=0.21, chance=0.001)
+    said, = report.summary(figures)
+    assert "R2" not in said and "hit1 0.21 (chance 0.001)" in said and "healthy" in said
+    said, = report.summary(figures | dict(health="unlearned"))
+    assert "R2 -2.40" in said
+
+
 COLLAPSED = dict(health="collapsed", std=0.02, rank=91.0, bound=128)
 
 
