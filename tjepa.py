@@ -723,11 +723,15 @@ class TJEPA(nn.Module):
             removed = encoder(spans.tokens, spans.positions, spans.real,
                               top_k=cfg.top_k, n_last=n_removed)
         else:                           # one pass for all masks of a text, in the order of one
-            text = [x[::n_masks] for x in (spans.tokens, spans.positions, spans.real)]
-            latents = encoder(*text, top_k=cfg.top_k).repeat_interleave(n_masks, 0)     # (B, T, C)
-            place = text[1].argsort(1).repeat_interleave(n_masks, 0)    # of each position, (B, T)
+            tokens = spans.tokens[::n_masks]
+            positions = spans.positions[::n_masks]
+            latents = encoder(tokens, positions, spans.real[::n_masks], top_k=cfg.top_k)
+            latents = latents.repeat_interleave(n_masks, 0)             # (B, T, C)
+            place = positions.argsort(1)                                # of each position
+            place = place.repeat_interleave(n_masks, 0)                 # (B, T)
             place = place.gather(1, spans.positions[:, -n_removed:])    # (B, K)
-            removed = latents.gather(1, place[..., None].expand(-1, -1, latents.size(2)))
+            place = place[..., None].expand(-1, -1, latents.size(2))
+            removed = latents.gather(1, place)
         target = spans.mean(removed)
         # The mean of unlike latents has a small norm, the smaller the longer the span. Without the
         # layer norm long spans would weigh less, and latents that cancel out would lower the loss.
