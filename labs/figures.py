@@ -44,14 +44,14 @@ class Flags:
     samples: str = ""           # the folder of a run, to be asked
     out: str = "out/figures"    # what --movie recorded; remove the folder to train again
 
-def write_block(name, body):
-    """Put a text between <!-- name --> and <!-- /name --> in README.md."""
+def write_block(name, body, path=README):
+    """Put a text between <!-- name --> and <!-- /name --> in README.md or another page."""
     block = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
     text = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
-    page, n = block.subn(lambda _: text, README.read_text(encoding="utf-8"))
+    page, n = block.subn(lambda _: text, path.read_text(encoding="utf-8"))
     if n != 1:
-        raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} --> once")
-    README.write_text(page, encoding="utf-8")
+        raise ValueError(f"{path} must have <!-- {name} --> and <!-- /{name} --> once")
+    path.write_text(page, encoding="utf-8")
 
 # -- the result: exact match of five systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
@@ -99,7 +99,7 @@ def draw_bars(rows):
     figure.savefig(ASSETS / "facts.png", dpi=110, metadata={"Software": None})
 
 def write_table(rows):
-    """The two tables of README.md, from the same rows."""
+    """The table of README.md, and that of questions as people type them on the facts page."""
     lines = [["system, 3 seeds", *COLUMNS]]
     for arm, (name, _) in SYSTEMS.items():
         lines.append([name, *(cell(over_seeds(rows, arm, column)) for column in COLUMNS.values())])
@@ -120,7 +120,8 @@ def write_table(rows):
                for name in ("abstain", "abstain_typing", "abstain_nonsense")]
     note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; in small letters, "
             f"without a mark or with a typo: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
-    write_block("typed", f"{markdown(lines)}\n\n{note}")
+    page = REPOSITORY / "labs" / "pages" / "facts.md"
+    write_block("typed", f"{markdown(lines)}\n\n{note}", page)
 
 # -- transcripts and thumbnails --------------------------------------------------------------------
 ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",

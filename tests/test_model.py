@@ -273,7 +273,7 @@ def test_masks_of_one_text_share_the_pass_of_the_target(changes):
     assert torch.equal(shared.predicted, apart.predicted)
 
 
-@pytest.mark.skipif(BREAKS_GRAPHS, reason="torch 2.5 and 2.6 break graphs")
+@pytest.mark.skipif(BREAKS_GRAPHS, reason=train.no_graphs())
 @pytest.mark.parametrize("changes", [
     {}, dict(mlm=0.0), dict(target="token", loss="infonce"), dict(stop_gradient=False, sigreg=0.0),
     dict(top_k=1, target_norm=False), dict(embed_scale=50.0, pred_layer=2)])
