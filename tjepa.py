@@ -14,7 +14,7 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
                         itself, and must say the answer. So it learns to say answers whose questions
                         it never gets.                                        [v1.1, section 3.2]
     later    teach      Facts are added to a finished run: each step takes the loss of phase 2, and
-                        that of phase 3 (alpha 0) on detached thoughts and echoes. The target
+                        the token loss of phase 3 on detached thoughts and echoes. The target
                         encoder and the scale of L_a stay as they are.
 
 A step of phase 1, in outline:
@@ -24,7 +24,7 @@ A step of phase 1, in outline:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    model.ema_update()                              # step 5; not where answers are taught
+    model.ema_update()                                          # step 5
 
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
@@ -147,7 +147,7 @@ def rotate(x, rope):
     """Rotate each pair of dimensions of x (..., T, hs) by the angles of rope (..., T, hs/2)."""
     pairs = x.float().unflatten(-1, (-1, 2))                            # (..., T, hs/2, 2)
     if torch.compiler.is_compiling():   # (a + ib)(c + is) in real numbers: a compiler fuses those
-        cos, sin = torch.view_as_real(rope)[..., None].unbind(-2)       # (..., T, hs/2, 1)
+        cos, sin = torch.view_as_real(rope).split(1, -1)                # (..., T, hs/2, 1)
         turned = pairs.flip(-1) * pairs.new_tensor([-1.0, 1.0])         # i(a + ib) = -b + ia
         return (pairs * cos + turned * sin).flatten(-2)
     return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2)
@@ -273,7 +273,10 @@ def first_of_word(begins, t):
     return torch.where(begins, t, 0).cummax(1).values
 
 def next_word(begins, t):
-    """First word start at or after positions 0..T, (B, T+1); T where there is none."""
+    """First word start at or after each position 0..T, (B, T+1); T where there is none.
+
+    A running minimum from the right: hence the two flips.
+    """
     T = len(t)
     starts = torch.where(begins, t, T)                              # (B, T)
     after = starts.flip(1).cummin(1).values.flip(1)
@@ -315,7 +318,8 @@ def sample_spans(tokens, word_start, cfg):
     span_ids = torch.where(inside & real[:, None], span, S).amin(1)     # (B, T)
 
     # Put the tokens in order: span by span, then those outside all spans, from the left. The first
-    # `budget` are removed, so the last span may be cut short, and span S-1 be in pieces.
+    # `budget` are removed. So the last span may be cut short; where the spans hold too few, tokens
+    # outside are removed too and count as span S-1.
     # In double, like the count of K in `predict`: in fp32 90 * .35 would become 32 and not 31.
     budget = (n_real.double() * cfg.mask_ratio).round().clamp(min=1).long()     # (B, 1)
     key = (span_ids * T + t).masked_fill(~real, (S + 1) * T)            # (B, T) span, then position
@@ -351,7 +355,8 @@ class Spans(NamedTuple):
 def split_spans(span_ids, tokens, n_removed, cfg, unit=None):
     """Span numbers (B, T) of `sample_spans` -> `Spans` with K = n_removed.
 
-    A row that loses r < K tokens must have at least K - r tokens of padding.
+    A row that loses r < K tokens must have at least K - r tokens of padding, which stand in for
+    the missing ones.
     unit: span | token, what gets one latent; by default cfg.target.
     """
     order = 2 * (span_ids < cfg.max_spans) + (tokens == cfg.pad)        # 0 stays, 1 padding, 2 gone
@@ -440,7 +445,7 @@ def latent_distance(predicted, target, mask, kind):
     return F.cross_entropy(logits, own.masked_fill(~mask, -100), ignore_index=-100)
 
 def r_squared(predicted, target, mask):
-    """1 - MSE / (MSE of always predicting the mean target): a figure; align.py trains on 1 - R2.
+    """1 - MSE / (MSE of always predicting the mean target): a metric; align.py trains on 1 - R2.
 
     predicted, target (N, C), mask (N,). 1 is perfect; 0 is no better than the mean; below 0 worse.
     """
@@ -466,7 +471,8 @@ class SIGReg(nn.Module):
         self.n_slices = n_slices
         t = torch.linspace(0, 3, 17)
         gauss = torch.exp(-t ** 2 / 2)  # characteristic function of N(0, 1), and weight of each t
-        # The trapezoid rule on [-3, 3]: the integrand is even, so [0, 3] counts twice.
+        # Trapezoid rule on [-3, 3] with step 3/16. The integrand is even: each t > 0 counts twice,
+        # but for the end t = 3.
         trapezoid = F.pad(torch.full((15,), 2.0), (1, 1), value=1.0) * 3 / 16
         self.register_buffer("t", t, persistent=False)
         self.register_buffer("gauss", gauss, persistent=False)
@@ -497,7 +503,7 @@ class Thought(NamedTuple):
 def thought_of(latent):
     """A `Thought` of latents (B, D) that belong to no question; for memory="thought" alone."""
     nothing = latent.new_zeros(len(latent), 0, latent.size(1))
-    return Thought(latent, nothing, nothing[..., 0].bool())
+    return Thought(latent, nothing, nothing.any(-1))
 
 class Memory(NamedTuple):
     """What one cross-attention reads. It is the same for every token, so it is computed once."""
@@ -713,7 +719,7 @@ class TJEPA(nn.Module):
     def target_latents(self, spans, n_masks=1):
         """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C).
 
-        n_masks: so many rows, one after the other, are one text with other spans removed.
+        n_masks: so many successive rows are one text, each with other spans removed.
         """
         cfg = self.cfg
         encoder = self.target_encoder if cfg.stop_gradient else self.context_encoder
@@ -722,12 +728,12 @@ class TJEPA(nn.Module):
         if n_masks == 1:
             removed = encoder(spans.tokens, spans.positions, spans.real,
                               top_k=cfg.top_k, n_last=n_removed)
-        else:                           # one pass for all masks of a text, in the order of one
+        else:                           # each text is read once, in the order of its first row
             tokens = spans.tokens[::n_masks]
             positions = spans.positions[::n_masks]
             latents = encoder(tokens, positions, spans.real[::n_masks], top_k=cfg.top_k)
             latents = latents.repeat_interleave(n_masks, 0)             # (B, T, C)
-            place = positions.argsort(1)                                # of each position
+            place = positions.argsort(1)                # where each position stands in that order
             place = place.repeat_interleave(n_masks, 0)                 # (B, T)
             place = place.gather(1, spans.positions[:, -n_removed:])    # (B, K)
             place = place[..., None].expand(-1, -1, latents.size(2))
@@ -772,8 +778,7 @@ class TJEPA(nn.Module):
         # 4. loss: distance between predicted and target latents. MSE is 0 if all latents are equal,
         #    which is collapse: EMA and stop-gradient make that slow, SIGReg and the masked-LM loss
         #    pull the latents apart
-        loss = latent_distance(p.predicted.flatten(0, 1), p.target.flatten(0, 1),
-                               p.span_mask.flatten(), cfg.loss)
+        loss = self.latent_loss(p)
         stats = dict(latent=loss)
         if cfg.sigreg:
             stats["sigreg"] = self.regularise(p)
@@ -783,9 +788,14 @@ class TJEPA(nn.Module):
             loss = loss + cfg.mlm * stats["mlm"]
         return loss, {name: value.detach() for name, value in stats.items()}
 
+    def latent_loss(self, p):
+        """Distance between predicted and target latents, over the spans of all texts."""
+        return latent_distance(p.predicted.flatten(0, 1), p.target.flatten(0, 1),
+                               p.span_mask.flatten(), self.cfg.loss)
+
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, where `train.target_moves`."""
+        """target <- tau * target + (1 - tau) * context encoder, if `train.target_moves`."""
         # 5. EMA
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         for target, context in zip(targets, contexts):
@@ -815,8 +825,8 @@ class TJEPA(nn.Module):
     def energy(self, tokens, span_ids):
         """Latent prediction error of the removed spans, (B,): low if they fit the context.
 
-        All rows share K, the most tokens that one of them loses: a row that loses r of them must
-        end in K - r tokens of padding.
+        K is the most tokens that a row loses: one that loses r < K must end in K - r tokens of
+        padding.
         """
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
         p = self.predict(tokens, span_ids, n_removed)
@@ -839,7 +849,7 @@ class TJEPA(nn.Module):
         self.answer_mean.copy_(latents.mean(0))
         centred = (latents - self.answer_mean).cpu().double()
         variance, axes = torch.linalg.eigh(centred.T @ centred / len(latents))
-        # 1 % of the mean variance more: directions with none are not blown up
+        # plus 1 % of the mean variance: directions that have none are not blown up
         variance = variance.clamp(min=0) + 0.01 * variance.mean() + 1e-12
         scale = (axes * variance ** -0.25) @ axes.T                     # (D, D)
         size = (centred @ scale).square().mean().sqrt()
@@ -914,9 +924,10 @@ class TJEPA(nn.Module):
         the distance of the latent head to L_a, L_token the cross-entropy of the answer's tokens.
         alpha falls from --alpha_start to 0 during the phase; v2.0: alpha = 0.
 
-        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself. Phase
-        2 trains on the questions of DEC and LAT facts, phase 3 on those of DEC; the answers of all
-        are echoed. So the decoder can say every answer, and only the thought tells it which one.
+        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself. Facts
+        come in groups: phase 2 trains on the questions of DEC and LAT, phase 3 on those of DEC
+        alone; the answers of all are echoed. So the decoder can say every answer, and only the
+        thought tells it which one.
         (With memory="tokens" an echo reads the context latents of the answer.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
@@ -936,7 +947,7 @@ class TJEPA(nn.Module):
         caches = [KVCache(self.cfg.answer_size) for _ in self.decoder.blocks]
         B, device = len(memories[0].keys), memories[0].keys.device
         token = torch.full((B,), self.cfg.bos, device=device)
-        ended = [False] * B             # a list: on a GPU it costs no launch
+        ended = [False] * B             # a list: `any` and `all` of it launch nothing on a GPU
         for _ in range(self.cfg.answer_size):
             state = self.decoder(token[:, None], memories, caches)[:, -1]       # (B, C)
             logits = self.decoder.token_head(state).float()             # (B, V)

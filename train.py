@@ -248,7 +248,7 @@ def text_settings(asked):
     n = len(text)
     vocab_size, pretrain_steps, speak_steps = next(
         row[1:] for row in TEXT_SIZES if n <= row[0])
-    # In a script of its own each common character is a token; else characters are cut into bytes.
+    # Each common character of a script other than Latin is a token; others are cut into bytes.
     counts = Counter(text[:2 ** 20])
     vocab_size += sum(c > "\u024f" and times >= 10 for c, times in counts.items())
     vocab_size = min(vocab_size, 2 ** 16)
@@ -437,7 +437,7 @@ class Run(NamedTuple):
     device: str
     dtype: torch.dtype | None
     questions: data.Questions | None = None
-    concepts: torch.Tensor | None = None    # (A, D) the standardised latents L_a of all answers
+    concepts: torch.Tensor | None = None    # (n, D) the standardised latents L_a of n answers
     teacher: align.Teacher | None = None    # the run that --distill=align imitates
     threshold: float = math.inf             # phase 2's, if facts were added: `threshold_of`
 
@@ -646,7 +646,7 @@ class Journal:
         )
         row |= {name: float(value) for name, value in stats.items()}
         self.log.add(row)
-        if evaluates or interrupted:    # saved first: an evaluation that fails costs no step
+        if evaluates or interrupted:    # saved before evaluating: if that fails, no step is lost
             self.save(step, self.optimizer, evaluated=not evaluates)
         if interrupted:
             self.log.flush()
@@ -792,6 +792,7 @@ def distill(run):
     questions, concepts = run.questions, run.concepts
     taught = questions.where("DEC", "LAT", phrasing="trained")
     unknown = torch.zeros_like(concepts[:1])
+    # row n: what a made-up subject has
     answer_latents = torch.cat((concepts[questions.answer_of[taught]], unknown))    # (n+1, D)
     draw = questions.drawing(taught, cfg.qa_batch_size, cfg.question_noise, cfg.made_up)
     parts = run.in_parts(draw)
@@ -810,7 +811,7 @@ def recall(run, whole):
 class Lessons(NamedTuple):
     """The rows that phase 3 draws from: questions first, then echoes."""
     texts: torch.Tensor         # (n, T) the question, or the answer that is echoed
-    thoughts: tjepa.Thought     # of n rows: L_p of the question, or L_a of the answer
+    thoughts: tjepa.Thought     # of n rows: W L_p of the question, or L_a
     answers: torch.Tensor       # (n, A) tokens to say, with EOS
     latents: torch.Tensor       # (n, D) L_a
     n_questions: int
@@ -1039,7 +1040,7 @@ def set_answers(run, vectors):
 def known_concepts(run, checkpoint):
     """Standardised L_a of all answers (A, D): those of the checkpoint, and of answers added since.
 
-    Mean and std stay those of the answers of phase 2, so that no old concept moves.
+    Mean and scale stay those of the answers of phase 2, so that no old concept moves.
     """
     questions, known = run.questions, dict(zip(checkpoint["answers"], checkpoint["concepts"]))
     new = [i for i, answer in enumerate(questions.answers) if answer not in known]
@@ -1106,7 +1107,7 @@ def check_phase_before(cfg, phases, checkpoint, is_text):
     if is_text and phases[0] == "speak":
         before = EVERY.index("pretrain")
     ended = step >= steps and checkpoint["evaluated"]
-    if (EVERY.index(phase), ended) >= (before, True):
+    if EVERY.index(phase) + ended > before:     # the phase before has ended, or a later one began
         if phases[0] == "teach" and checkpoint["answers"] is None:
             raise ValueError(f"--phase=teach adds to answers, and the run in --out={out} was "
                              "taught none: run --phase=distill --qa=FILE first, then --phase=speak")
@@ -1273,7 +1274,7 @@ def open_run(cfg, corpus, model):
                          "read: take another --out")
     if "pretrain" in left:
         check_cloze(cfg, corpus)
-    cfg = dataclasses.replace(cfg, teacher_width=0)     # its flag is what a run remembers
+    cfg = dataclasses.replace(cfg, teacher_width=0)     # set below, by the teacher
     check_memory(dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size), device)
     questions = vectors = teacher = None
     phase_2_has_begun, added = False, []
@@ -1306,8 +1307,8 @@ def open_run(cfg, corpus, model):
 def begun_anew(out, phases):
     """Must the checkpoint in out be kept, because these phases replace what it was trained in?
 
-    So must one that facts are added to: who dislikes what they did goes back. One that was stopped
-    halfway is not kept in the place of an earlier one, which had ended.
+    Also before --phase=teach, so that one can go back. A run that was stopped halfway never
+    replaces a kept one that had ended.
     """
     if not (out / "ckpt.pt").exists():
         return False

@@ -6,7 +6,7 @@ Config of `tjepa.TJEPA`; classes are combined by inheriting from several. An arm
 class in the field `variant` of `labs.runs.Arm`.
 """
 import math
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import torch
 import torch.nn as nn
@@ -52,12 +52,10 @@ class LearnedPositions(TJEPA):
 class SmoothL1(TJEPA):
     """Smooth L1 distance to the target, as in data2vec."""
 
-    def pretrain_loss(self, tokens, span_ids):
-        """Loss of phase 1, without SIGReg and without token loss."""
-        p = self.predict(tokens, span_ids)
+    def latent_loss(self, p):
+        """Its mean over the spans of all texts."""
         error = F.smooth_l1_loss(p.predicted, p.target, reduction="none").mean(-1)      # (B, S)
-        loss = tjepa.masked_mean(error, p.span_mask, (0, 1))
-        return loss, dict(latent=loss.detach())
+        return tjepa.masked_mean(error, p.span_mask, (0, 1))
 
 def vicreg(z):
     """VICReg's two regularisers (2022) of z (N, C), weighted 25 : 1 as there.
@@ -176,6 +174,108 @@ class FixedBlocksOfWords(FixedBlocks):
     def starts(self):
         """Tokens that begin a word, bool (V,)."""
         return self.word_start
+
+class Negatives(TJEPA):
+    """InfoNCE that tells the own target from others than those of the batch; for target=token.
+
+    Equal words are no negatives of each other; `stored`: so many targets of earlier steps are.
+    """
+    stored = 0
+
+    def __init__(self, cfg, word_start):
+        super().__init__(cfg, word_start)
+        self.earlier = torch.empty(0, cfg.n_embd), torch.empty(0, dtype=torch.long)
+
+    def latent_loss(self, p):
+        """InfoNCE, temperature .1, over the N removed tokens of the batch."""
+        real = p.span_mask.flatten()
+        words = p.word_ids.flatten()[real]                              # (N,)
+        predicted = F.normalize(p.predicted.flatten(0, 1)[real], dim=-1)    # (N, C)
+        targets = F.normalize(p.target.flatten(0, 1)[real], dim=-1).detach()
+        own = torch.arange(len(words), device=words.device)             # (N,)
+        older, words_of_older = (part.to(words.device) for part in self.earlier)
+        targets, each = torch.cat((targets, older)), torch.cat((words, words_of_older))
+        equal = words[:, None] == each                                  # (N, N + stored)
+        equal[own, own] = False
+        self.earlier = targets[:self.stored], each[:self.stored]
+        logits = (predicted @ targets.T / 0.1).masked_fill(equal, -torch.inf)
+        return F.cross_entropy(logits, own)
+
+class Queue(Negatives):
+    """A queue of 2,048 targets, as in MoCo (He et al. 2020)."""
+    stored = 2048
+
+class Hypotheses(TJEPA):
+    """Four predictions of each latent; the best one counts, since several words may fit a gap."""
+
+    def __init__(self, cfg, word_start):
+        super().__init__(cfg, word_start)
+        self.more = nn.Linear(cfg.pred_embd, 3 * cfg.n_embd)
+        self.more.apply(self.init_weights)
+
+    def trained_in(self, phase):
+        """As `TJEPA.trained_in`, with the other three predictions."""
+        return super().trained_in(phase) + [self.more] * (phase == "pretrain")
+
+    def best_error(self, p):
+        """MSE of the best prediction of each span, (B, S)."""
+        more = self.more(p.states).chunk(3, dim=-1)
+        predicted = [p.predicted, *map(p.spans.mean, more)]             # 4 of (B, S, C)
+        errors = [tjepa.latent_error(each, p.target, "mse") for each in predicted]
+        return torch.stack(errors).amin(0)
+
+    def latent_loss(self, p):
+        """The best prediction, and a tenth of the first: else three might never be trained."""
+        return tjepa.masked_mean(
+            self.best_error(p) + 0.1 * tjepa.latent_error(p.predicted, p.target, "mse"),
+            p.span_mask, (0, 1))
+
+    @torch.no_grad()
+    def energy(self, tokens, span_ids):
+        """As `TJEPA.energy`, of the best prediction."""
+        n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
+        p = self.predict(tokens, span_ids, n_removed)
+        return tjepa.masked_mean(self.best_error(p), p.span_mask, 1)
+
+class TaughtByMaskedLM(TJEPA):
+    """Target: an encoder that was a masked LM for the first quarter of phase 1, then frozen.
+
+    As in SALT (2025), where a frozen teacher replaces the EMA; needs ema_half_life=inf. The
+    experiment sets `progress`, the share of phase 1 that is over.
+    """
+    progress = 0.0
+
+    def __init__(self, cfg, word_start):
+        super().__init__(cfg, word_start)
+        self.teacher = MaskedLM(cfg, word_start)
+
+    def trained_in(self, phase):
+        """As `TJEPA.trained_in`, with the teacher."""
+        return super().trained_in(phase) + [self.teacher] * (phase == "pretrain")
+
+    def pretrain_loss(self, tokens, span_ids):
+        """The teacher's cross-entropy, later the student's loss of phase 1."""
+        if self.progress < 0.25:
+            loss = self.teacher.word_loss(self.teacher.predict(tokens, span_ids))
+            return loss, dict(mlm=loss.detach())
+        self.target_encoder.load_state_dict(self.teacher.context_encoder.state_dict())
+        return super().pretrain_loss(tokens, span_ids)
+
+class GrowingSpans(TJEPA):
+    """The longest span grows from 1 token to max_span during phase 1; for target=token.
+
+    The experiment sets `progress`, the share of phase 1 that is over.
+    """
+    progress = 0.0
+
+    def pretrain_loss(self, tokens, span_ids):
+        """Loss of phase 1 with spans of its own; span_ids are ignored."""
+        cfg = copy(self.cfg)
+        cfg.max_span = 1 + round(self.progress * (self.cfg.max_span - 1))
+        span_ids = tjepa.sample_spans(tokens, self.word_start, cfg)
+        stays = span_ids == cfg.max_spans
+        # a token is a span of its own, so the numbers of the spans do not matter
+        return super().pretrain_loss(tokens, self.cfg.max_spans * stays)
 
 class BothDecoder(tjepa.Decoder):
     """Decoder whose memory holds the slots of the thought, then the question's token latents."""
