@@ -159,16 +159,25 @@ PRESETS = dict(
         speak_steps=4000,
     ),
 )
-LATENT = dict(mlm=0.0, pred_embd=64)    # no token loss; half the width is what the labs measured
+NO_TOKENS = dict(mlm=0.0, pred_embd=64)     # half the width is what the labs measured
 RECIPES = dict(
     default={},
-    latent=LATENT,
+    # The best latents alone of labs/pretraining.py: each removed token's latent, to which the
+    # token itself contributes much, is told from those of the other removed tokens.
+    latent=dict(
+        mlm=0.0,
+        target="token",
+        loss="infonce",
+        top_k=5,
+        embed_scale=50.0,
+        pretrain_lr=2e-3,
+    ),
     # v1.1 section 3.1 to the letter
-    paper=LATENT | dict(target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0),
+    paper=NO_TOKENS | dict(target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0),
     # v2.0: two phases with cross-entropy alone; the decoder reads the encoder's token latents
-    v2=LATENT | dict(distill_steps=0, memory="tokens", alpha_start=0.0),
+    v2=NO_TOKENS | dict(distill_steps=0, memory="tokens", alpha_start=0.0),
     # all that prevents a collapse is off
-    collapse=LATENT | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0, loss="mse"),
+    collapse=NO_TOKENS | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0, loss="mse"),
 )
 # A folder holds one run. What shapes the model and its reading can't change in it; its text is
 # compared by content.
@@ -237,10 +246,13 @@ def resolve(given):
         same_run(f"--init_from={given['init_from']}", base, asked)
     elif asked.get("data", "facts") != "facts" and not asked.get("qa"):
         base = text_settings(asked)
-    if not goes_on and not given.get("init_from") and "n_layer" in asked:
-        # the default of top_k is the mean of four layers, or of all where there are fewer
-        asked.setdefault("top_k", min(Config.top_k, asked["n_layer"]))
-    return Config(**base | asked)
+    settings = base | asked
+    n_layer = settings.get("n_layer", Config.n_layer)
+    # the target is the mean of four layers, or of as many as a recipe says, or of all
+    settings.setdefault("top_k", min(Config.top_k, n_layer))
+    if "top_k" not in given:
+        settings["top_k"] = min(settings["top_k"], n_layer + 1)
+    return Config(**settings)
 
 def text_settings(asked):
     """Settings by the size of the text in asked["data"]: fields of a Config. Prints them."""

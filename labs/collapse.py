@@ -55,12 +55,12 @@ CHANGES = {
     "+ InfoNCE": dict(loss="infonce"),
     "+ VICReg": dict(variant="VICReg", sigreg=1.0),
     "+ SIGReg": dict(sigreg=1.0),
-    "recipe=latent": LATENT,
+    "latent by MSE": LATENT,
     "latent without predictor": LATENT | dict(variant="NoPredictor"),
     "latent with 4 x 128 predictor": LATENT | dict(pred_layer=4, pred_embd=128),
     "masked LM": MASKED_LM,
     "default": LATENT | dict(mlm=Arm.mlm, pred_embd=Arm.pred_embd),
-    # all protections off; its target is the one of `recipe=latent`
+    # all protections off; its target is the one of `latent by MSE`
     "recipe=collapse": LATENT | train.RECIPES["collapse"],
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}

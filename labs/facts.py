@@ -12,9 +12,9 @@ nothing is right; one slot does what four do; token latents alone give DEC and n
 makes the model forget A, and replay prevents it; the GPT is better than T-JEPA wherever it was
 taught, and not where it only read; a GPT that was told LAT facts as tokens is the ceiling.
 
-Arms are latents alone (recipe=latent) unless their name says otherwise. They share facts, width,
+Arms are latents alone, by MSE on spans, unless their name says otherwise. They share facts, width,
 seeds, and, where the name does not say otherwise, steps and learning rates, which were chosen for
-recipe=latent. The GPT learns DEC questions for the steps of phases 2 and 3. "lever" arms run on
+them. The GPT learns DEC questions for the steps of phases 2 and 3. "lever" arms run on
 seeds of their own (10, 11, ...), so that the seeds of the other tables choose nothing.
 """
 import copy
@@ -45,8 +45,8 @@ TAUGHT = ("DEC", "LAT")     # the splits of the facts that phase 2 teaches
 class Config(Arm):
     """An arm: flags of train.py, and what only this lab changes."""
     # latents alone, as in the papers; arms called default take what train.py does by default
-    mlm: float = train.LATENT["mlm"]
-    pred_embd: int = train.LATENT["pred_embd"]
+    mlm: float = train.NO_TOKENS["mlm"]
+    pred_embd: int = train.NO_TOKENS["pred_embd"]
     eval_every: int = 10 ** 9   # a phase is measured at its beginning and at its end
     kind: str = "t_jepa"        # function of this file that trains and measures: t_jepa | gpt | ...
     start: str = ""             # the arm whose phases before `phase` are copied; "": none
@@ -272,8 +272,8 @@ def measure(cfg):
 # -- the arms --------------------------------------------------------------------------------------
 
 # arms that share phase 1, or phases 1 and 2, of latents alone
-distilled = partial(Config, start="recipe=latent", phase="distill")
-spoken_from = partial(Config, start="recipe=latent", phase="speak")
+distilled = partial(Config, start="latent by MSE", phase="distill")
+spoken_from = partial(Config, start="latent by MSE", phase="speak")
 # what train.py does by default
 default = partial(Config, mlm=train.Config.mlm, pred_embd=train.Config.pred_embd)
 LONG = dict(pretrain_steps=3 * train.Config.pretrain_steps)
@@ -282,7 +282,9 @@ HALF = dict(pretrain_steps=700, distill_steps=690, speak_steps=490)
 OUTSIDE = "vectors.npz"     # of a sentence encoder: the first page tells how to make this file
 READ = {                    # arms with a phase 1 of their own
     "default": default(),
-    "recipe=latent": Config(),
+    "recipe=latent": default(**train.RECIPES["latent"]),
+    "recipe=latent with tokens": default(**train.RECIPES["latent"] | dict(mlm=1.0)),
+    "latent by MSE": Config(),
     "recipe=paper": Config(**train.RECIPES["paper"]),
     "random-init encoder": Config(pretrain_steps=0),
     "default from random-init encoder": default(pretrain_steps=0),
@@ -299,8 +301,8 @@ READ = {                    # arms with a phase 1 of their own
         default(**HALF | dict(pretrain_steps=900), pred_embd=64, mask_ratio=0.5),
 }
 TEACHERS = {
-    "random-init encoder taught by recipe=latent":
-        Config(pretrain_steps=0, teacher="recipe=latent"),
+    "random-init encoder taught by latent by MSE":
+        Config(pretrain_steps=0, teacher="latent by MSE"),
     "teacher gpt": distilled(teacher="GPT"),
     "teacher ckpt (without predictor)": distilled(teacher="latent without predictor"),
     "teacher letters (300 wide)": distilled(teacher="letters"),
@@ -347,7 +349,7 @@ def as_now(cfg):
 
 ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 ARMS = {name: as_now(cfg) for name, cfg in ARMS.items()}
-FAST = ("recipe=latent", "masked LM", "teacher letters (300 wide)", "shuffled L_a", "both", "GPT",
+FAST = ("latent by MSE", "masked LM", "teacher letters (300 wide)", "shuffled L_a", "both", "GPT",
         "LAT told as tokens", "GPT told LAT too", "commonest DEC answer", "A then B")
 
 # -- running --------------------------------------------------------------------------------------

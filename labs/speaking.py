@@ -40,8 +40,8 @@ SCHEDULES = dict(               # weight of the latent loss over alpha_start, by
 @dataclasses.dataclass
 class Config(Arm):
     """An arm, which trains the phases from cfg.phase on. Latents alone, as in the papers."""
-    mlm: float = train.LATENT["mlm"]
-    pred_embd: int = train.LATENT["pred_embd"]
+    mlm: float = train.NO_TOKENS["mlm"]
+    pred_embd: int = train.NO_TOKENS["pred_embd"]
     eval_every: int = 100           # steps between two looks at the gradients
     phase: str = "speak"
     start: str = SHARED             # the arm whose phases before `phase` are copied

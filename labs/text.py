@@ -48,7 +48,7 @@ def systems(text):
     """The systems that read a text, with its settings: name -> Arm."""
     return {
         "default": Arm(**text),
-        "latents alone": Arm(**text | train.LATENT),
+        "latents alone": Arm(**text | train.NO_TOKENS),
         "masked LM": Arm(**text | MASKED_LM | dict(phase="pretrain")),
         "GPT": Arm(**text | dict(phase="pretrain", variant="GPT")),
     }

@@ -240,8 +240,8 @@ class Hypotheses(TJEPA):
 class TaughtByMaskedLM(TJEPA):
     """Target: an encoder that was a masked LM for the first quarter of phase 1, then frozen.
 
-    As in SALT (2025), where a frozen teacher replaces the EMA; needs ema_half_life=inf. The
-    experiment sets `progress`, the share of phase 1 that is over.
+    As in SALT (2025), where a frozen teacher replaces the EMA. The experiment sets `progress`, the
+    share of phase 1 that is over.
     """
     progress = 0.0
 
@@ -258,8 +258,11 @@ class TaughtByMaskedLM(TJEPA):
         if self.progress < 0.25:
             loss = self.teacher.word_loss(self.teacher.predict(tokens, span_ids))
             return loss, dict(mlm=loss.detach())
-        self.target_encoder.load_state_dict(self.teacher.context_encoder.state_dict())
         return super().pretrain_loss(tokens, span_ids)
+
+    def ema_update(self):
+        """The target is the teacher, whose weights no longer change once the student learns."""
+        self.target_encoder.load_state_dict(self.teacher.context_encoder.state_dict())
 
 class GrowingSpans(TJEPA):
     """The longest span grows from 1 token to max_span during phase 1; for target=token.

@@ -81,14 +81,14 @@ def test_an_arm_that_others_begin_with_runs_first_and_once(tmp_path, monkeypatch
         return dict(em_LAT_heldout=0.5)
     monkeypatch.setattr(facts, "measure", measure)
     folders = dict(out=str(tmp_path), results=str(tmp_path))
-    facts.facts(arms.Flags(seeds=2, arms="teacher gpt,n_slots=1,recipe=latent", **folders))
-    assert sorted(ran[:4]) == ["GPT_0", "GPT_1", "recipe=latent_0", "recipe=latent_1"]
+    facts.facts(arms.Flags(seeds=2, arms="teacher gpt,n_slots=1,latent by MSE", **folders))
+    assert sorted(ran[:4]) == ["GPT_0", "GPT_1", "latent by MSE_0", "latent by MSE_1"]
     assert len(ran) == len(set(ran)) == 8
 
 
 def test_what_is_missing_is_named(tmp_path):
     cfg = dataclasses.replace(facts.ARMS["n_slots=1"], out=str(tmp_path / "n_slots=1_0"))
-    with pytest.raises(ValueError, match="recipe=latent_0/distill/ckpt.pt is missing: run --arms="):
+    with pytest.raises(ValueError, match="latent by MSE_0/distill/ckpt.pt is missing: run --arms="):
         facts.measure(cfg)
     with pytest.raises(ValueError, match="--arms=nothing: this lab has default"):
         facts.facts(arms.Flags(arms="nothing", out=str(tmp_path)))
@@ -96,10 +96,10 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_shared_phases_are_bit_identical_and_the_decoder_is_new(tmp_path, capsys):
     facts.facts(arms.Flags(fast=True, out=str(tmp_path), arms="both,n_slots=1"))
-    assert capsys.readouterr().out.endswith("recipe=latent: ran\nboth: ran\nn_slots=1: ran\n")
+    assert capsys.readouterr().out.endswith("latent by MSE: ran\nboth: ran\nn_slots=1: ran\n")
     folder = tmp_path / "facts-fast"
     shared, first, second = (train.load_checkpoint(folder / name)["model"] for name in (
-        "recipe=latent_0/distill", "recipe=latent_0", "n_slots=1_0"))
+        "latent by MSE_0/distill", "latent by MSE_0", "n_slots=1_0"))
     frozen = [name for name in shared if not name.startswith("decoder.")]
     for name in frozen:
         assert torch.equal(shared[name], first[name]) and torch.equal(shared[name], second[name])
@@ -107,7 +107,7 @@ def test_shared_phases_are_bit_identical_and_the_decoder_is_new(tmp_path, capsys
 
     rows = arms.run_arms("facts", facts.ARMS, arms.Flags(fast=True, out=str(tmp_path), seeds=0))
     assert all("em_LAT_heldout" in row for row in rows)
-    latent = next(row for row in rows if row["arm"] == "recipe=latent")
+    latent = next(row for row in rows if row["arm"] == "latent by MSE")
     page = json.loads(Path("labs/pages/tables.json").read_text())["facts"]
     shown = [part["columns"] for part in page.values()]
     for columns in shown:
@@ -196,7 +196,7 @@ def test_a_masked_lm_is_asked_for_tokens(corpus):
     # near ln 2,048 for random weights; a latent error is about 2
     assert (controls.WordEnergy(model, mean=True).energy(tokens, spans) > 5).all()
     with pytest.raises(ValueError, match="mlm=0"):
-        latent = train.build(plain(facts.ARMS["recipe=latent"]), corpus.tokenizer)
+        latent = train.build(plain(facts.ARMS["latent by MSE"]), corpus.tokenizer)
         controls.WordEnergy(latent, mean=True)
 
 

@@ -430,6 +430,7 @@ def test_few_layers_lower_top_k_by_themselves():
     assert train.resolve(dict(n_layer=2)).top_k == 2
     assert train.resolve(dict(n_layer=6)).top_k == train.Config.top_k
     assert train.resolve(dict(n_layer=2, recipe="paper")).top_k == 1
+    assert train.resolve(dict(n_layer=2, recipe="latent")).top_k == 3       # and the embedding
     with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer \\+ 1 = 3"):
         train.resolve(dict(n_layer=2, top_k=4))
 
