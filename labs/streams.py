@@ -1,14 +1,10 @@
 """
 Selective decoding [VL-JEPA]: thoughts are cheap, words are not. When is decoding needed?
 
-    watch       streams of frames in which the scene changes at random times, and their thoughts
-    moments     uniform, random and oracle; a windowed variance above a threshold, of thoughts or of
-                pixels; segments by clustering
-    figures     exact match of the caption at every frame, against the number of decodes
-
-Between two decodes the last caption stays. Clustering looks at the whole stream, and decodes the
-mean thought of each segment. The light changes too, at random times, and objects tremble: no
-caption tells that.
+Scenes change at random times; so does the light, and objects tremble, which no caption tells.
+Decodes are uniform, random or at the changes (oracle), where a windowed variance of thoughts or of
+pixels passes a threshold, or one for each segment of a clustering, which looks at the whole stream
+and decodes mean thoughts. Between two decodes the last caption stays.
 
 Shapes: n streams of T frames, S slots, C width; a moment is the number of a frame.
 """
@@ -30,7 +26,6 @@ WINDOW = 4
 
 class Watched(NamedTuple):
     """Streams, and what is known of each frame."""
-    scenes: list                # n lists of T scenes
     pictures: torch.Tensor      # (n, T, SIZE, SIZE, 3)
     thoughts: torch.Tensor      # (n, T, S * C)
     said: list                  # n lists of T captions, as the decoder says each frame
@@ -43,7 +38,7 @@ def captions_of(run, thoughts):
 
 @torch.no_grad()
 def watch(speaker, rate, n):
-    """`Watched` of n streams."""
+    """`Watched` of n streams whose scene changes before a frame with probability rate."""
     random_, rng = speaker.draws(f"streams {rate}")
     scenes = [world.stream(random_, T, rate) for _ in range(n)]
     pictures, thoughts, said = [], [], []
@@ -54,7 +49,7 @@ def watch(speaker, rate, n):
         pictures.append(batch.pictures)
         said.append(captions_of(speaker.run, thoughts[-1]))
     truth = [[tuple(world.caption(scene)) for scene in frames] for frames in scenes]
-    return Watched(scenes, torch.stack(pictures), torch.stack(thoughts), said, truth)
+    return Watched(torch.stack(pictures), torch.stack(thoughts), said, truth)
 
 # -- moments ---------------------------------------------------------------------------------------
 
@@ -85,10 +80,10 @@ def by_variance(frames, threshold, window=WINDOW):
     return moments
 
 def by_clustering(frames, most):
-    """Segments by Ward's method with temporal connectivity: the first frame of each.
+    """First frames of segments by Ward's method with temporal connectivity: frames (T, D).
 
-    frames (T, D). The neighbours whose union costs least are joined, until it costs more than
-    `most`. The cost is the growth of the sum of squared distances from the means.
+    The neighbours whose union costs least are joined, until it costs more than `most`: the growth
+    of the sum of squared distances from the means.
     """
     means, sizes, begins = list(frames), [1] * len(frames), list(range(len(frames)))
 
@@ -100,44 +95,34 @@ def by_clustering(frames, most):
     while costs and min(costs) <= most:
         i = costs.index(min(costs))
         size = sizes[i] + sizes[i + 1]
-        means[i] = (sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / size
-        sizes[i] = size
-        for part in (means, sizes, begins):
-            del part[i + 1]
-        del costs[i]
-        for j in (i - 1, i):
-            if 0 <= j < len(costs):
-                costs[j] = cost(j)
+        means[i:i + 2] = [(sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / size]
+        sizes[i:i + 2] = [size]
+        del begins[i + 1], costs[i]
+        for j in range(max(0, i - 1), min(i + 1, len(costs))):
+            costs[j] = cost(j)
     return begins
 
 # -- figures ---------------------------------------------------------------------------------------
 
 def held(moments, said):
-    """The caption at every frame, if each decoded one stays until the next: said by frame."""
+    """The caption at every frame, if each decoded one stays until the next: said by moment."""
     return [said[max(m for m in moments if m <= t)] for t in range(T)]
 
-def share_right(watched, shown):
-    """Exact match over all frames: shown, n lists of T captions."""
-    pairs = [(a, b) for some, truth in zip(shown, watched.truth) for a, b in zip(some, truth)]
-    return sum(a == b for a, b in pairs) / len(pairs)
+def quality(watched, moments, said=None):
+    """(decodes a stream, exact match over all frames). moments: n lists.
 
-def quality(watched, moments):
-    """(decodes a stream, exact match) where the last decoded caption stays. moments: n lists."""
-    shown = [held(some, said) for some, said in zip(moments, watched.said)]
-    return sum(map(len, moments)) / len(moments), share_right(watched, shown)
+    said: for each stream the captions by moment, those of its frames by default.
+    """
+    shown = [held(some, captions) for some, captions in zip(moments, said or watched.said)]
+    right = [a == b for stream in zip(shown, watched.truth) for a, b in zip(*stream)]
+    return sum(map(len, moments)) / len(moments), sum(right) / len(right)
 
-def quality_of_segments(run, watched, begins):
-    """The same for segments, whose mean thought is decoded."""
-    means = []
-    for frames, some in zip(watched.thoughts, begins):
-        ends = [*some[1:], T]
-        means += [frames[a:b].mean(0) for a, b in zip(some, ends)]
+def said_of_segments(run, watched, begins):
+    """Captions of the mean thought of each segment: n dicts, first frame -> caption."""
+    means = [frames[a:b].mean(0) for frames, some in zip(watched.thoughts, begins)
+             for a, b in zip(some, [*some[1:], T])]
     captions = iter(captions_of(run, torch.stack(means)))
-    shown = []
-    for some in begins:
-        ends = [*some[1:], T]
-        shown.append([said for a, b in zip(some, ends) for said in (next(captions),) * (b - a)])
-    return sum(map(len, begins)) / len(begins), share_right(watched, shown)
+    return [{begin: next(captions) for begin in some} for some in begins]
 
 def sweep(watched, run, way, n=16):
     """(decodes, exact match) of a way for n thresholds, by the number of decodes."""
@@ -148,7 +133,7 @@ def sweep(watched, run, way, n=16):
     for threshold in np.geomspace(high / 1e4, high, n):
         if way == "clustering":
             begins = [by_clustering(some, threshold) for some in frames]
-            points.append(quality_of_segments(run, watched, begins))
+            points.append(quality(watched, begins, said_of_segments(run, watched, begins)))
         else:
             points.append(quality(watched, [by_variance(some, threshold) for some in frames]))
     return sorted(points)
@@ -161,17 +146,16 @@ def stream_figures(speaker, n):
         random_ = random.Random(f"{speaker.cfg.task_seed} moments")
         changes = [sum(a != b for a, b in zip(truth, truth[1:])) for truth in watched.truth]
         found[f"changes_{rate}"] = sum(changes) / n
-        curves = {way: sweep(watched, speaker.run, way)
-                  for way in ("variance", "pixels", "clustering")}
+        ways = "variance", "pixels", "clustering"
+        curves = {way: sweep(watched, speaker.run, way) for way in ways}
         for k in BUDGETS:
-            simple = dict(
-                uniform=[uniform(k)] * n, random=[at_random(random_, k) for _ in range(n)],
-                oracle=[oracle(random_, truth, k) for truth in watched.truth])
+            simple = dict(uniform=[uniform(k)] * n,
+                          random=[at_random(random_, k) for _ in range(n)],
+                          oracle=[oracle(random_, truth, k) for truth in watched.truth])
             for way, moments in simple.items():
                 found[f"stream_{rate}_{way}_{k}"] = quality(watched, moments)[1]
             for way, points in curves.items():
-                value = np.interp(k, *zip(*points))
-                found[f"stream_{rate}_{way}_{k}"] = float(value)
+                found[f"stream_{rate}_{way}_{k}"] = float(np.interp(k, *zip(*points)))
         for period in PERIODS:
             decodes, wanted = quality(watched, [uniform(T // period)] * n)
             found[f"uniform_{rate}_{period}"] = wanted

@@ -210,6 +210,6 @@ def test_the_oracle_decodes_changes_and_uniform_decoding_is_uniform():
 def test_the_last_caption_stays_until_the_next_decode():
     truth = ["a"] * 20 + ["b"] * 44
     assert streams.held([0, 32], truth) == ["a"] * 32 + ["b"] * 32
-    watched = streams.Watched(None, None, None, [truth], [truth])
+    watched = streams.Watched(None, None, [truth], [truth])
     assert streams.quality(watched, [[0, 32]]) == (2, 52 / 64)
     assert streams.quality(watched, [[0, 20]]) == (2, 1)
