@@ -11,15 +11,15 @@ letters  Spelling: counts of groups of three letters, projected to 300 numbers. 
 random   Random numbers, always the same for an answer: a code without meaning, the control.
 """
 import dataclasses
-import sys
 import tempfile
 import zlib
+from functools import partial
 
 import numpy as np
 
 import data
 import train
-from flags import read_flags
+from labs import arms
 from labs.controls import read_gpt
 from labs.measures import features
 
@@ -53,8 +53,18 @@ def random(answers, width=128):
     """Random numbers: (A, D)."""
     return np.random.default_rng(0).standard_normal((len(answers), width))
 
-def vectors_of(flags):
-    """Answers (strings) of the run in flags.run, and their vectors (A, D)."""
+def gpt(cfg, corpus, answers):
+    """The mean last hidden state of a GPT that has read the text, for each answer: (A, C)."""
+    # the log of the GPT has no place in the folder of the run
+    with tempfile.TemporaryDirectory() as out:
+        return own_vectors(read_gpt(dataclasses.replace(cfg, out=out), corpus), answers)
+
+def teachers(flags):
+    """Write the file. ValueError for flags that cannot be, OSError if the disk refuses."""
+    if flags.teacher not in ("gpt", "letters", "random"):
+        raise ValueError(f"--teacher={flags.teacher} must be one of gpt, letters, random")
+    if not flags.out.endswith(".npz"):
+        raise ValueError(f"--out={flags.out} must end in .npz: it is read by that name")
     checkpoint = train.load_checkpoint(flags.run, "--run=")
     cfg = train.Config(**checkpoint["config"])
     corpus = data.load(cfg, data.Tokenizer.from_state(checkpoint["tokenizer"]))
@@ -63,30 +73,13 @@ def vectors_of(flags):
         raise ValueError(
             f"--run={flags.run} has no questions: run `python train.py --phase=distill --qa=FILE "
             f"--out={flags.run}` once, so that it knows its answers")
-    if flags.teacher == "letters":
-        return answers, letters(answers)
-    if flags.teacher == "random":
-        return answers, random(answers)
-    # the log of the GPT has no place in the folder of the run
-    with tempfile.TemporaryDirectory() as out:
-        gpt = read_gpt(dataclasses.replace(cfg, out=out), corpus)
-        return answers, own_vectors(gpt, answers)
-
-def main(argv=None):
-    """Command line: bad input is one line and exit code 2."""
-    try:
-        flags = Flags(**read_flags(Flags, argv, "labs.teachers"))
-        if flags.teacher not in ("gpt", "letters", "random"):
-            raise ValueError(f"--teacher={flags.teacher} must be one of gpt, letters, random")
-        if not flags.out.endswith(".npz"):
-            raise ValueError(f"--out={flags.out} must end in .npz: it is read by that name")
-        answers, vectors = vectors_of(flags)
-        save(flags.out, answers, vectors)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    make = dict(gpt=partial(gpt, cfg, corpus), letters=letters, random=random)[flags.teacher]
+    vectors = make(answers)
+    save(flags.out, answers, vectors)
     print(f"{flags.out}: {len(vectors)} answers, {vectors.shape[1]} numbers each; next: "
           f"python train.py --phase=distill --teacher={flags.out} --out={flags.run}")
+
+main = partial(arms.main, teachers, Flags)
 
 if __name__ == "__main__":
     main()
