@@ -29,16 +29,16 @@ from torch.nn import functional as F
 
 import align
 import data
-import evaluate
 import report
 import train
-from labs.arms import chosen, in_short, main, results, run_arms
+from labs.arms import chosen, in_short, main, run_or_try
 from labs.controls import MASKED_LM, Reader, read_gpt
+from labs.facts import page_tables
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.probes import written
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
 from labs.speed import count_flops
-from labs.tables import publish, tables
+from labs.tables import publish
 
 SIZES = dict(large={}, medium=dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
              small=dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2))
@@ -87,7 +87,6 @@ STUDENTS = {
     "medium untrained": arm_of("medium", route="read", pretrain_steps=0),
     "small distilled": distilled("small"),
     "small from scratch": arm_of("small"),
-    "small untrained": arm_of("small", route="read", pretrain_steps=0),
     "medium 2 rounds": distilled("medium", rounds=2),
     "medium 4 rounds": distilled("medium", rounds=4),
     "medium by masked LM": distilled("medium", versus="large masked LM"),
@@ -116,7 +115,7 @@ def open_arm(cfg, corpus):
     """A trained arm as a `train.Run`."""
     if cfg.route != "lm":
         return open_run(cfg, corpus)
-    model = Reader(dataclasses.replace(plain(cfg), vocab_size=corpus.tokenizer.vocab_size))
+    model = Reader(plain(cfg, vocab_size=corpus.tokenizer.vocab_size))
     model.load_state_dict(torch.load(Path(cfg.out) / "gpt.pt", weights_only=True))
     device, dtype = train.pick_device(cfg)
     return train.Run(plain(cfg), model.to(device), corpus, device, dtype)
@@ -130,14 +129,6 @@ def step_flops(run, phase, loss_at):
     """FLOPs of one optimizer step."""
     train.make_optimizer(run, phase)    # freezes what the phase does not train
     return count_flops(lambda: loss_at(0.5)[0].backward())
-
-def read_as_gpt(cfg, corpus):
-    """Phase 1 of a GPT, on the same rows of text. Returns its FLOPs."""
-    run = read_gpt(plain(cfg), corpus)
-    torch.save(run.model.state_dict(), Path(cfg.out) / "gpt.pt")
-    rows = corpus.train.batch(cfg.batch_size).to(run.device)
-    flops = step_flops(run, "pretrain", lambda progress: run.model.pretrain_loss(rows))
-    return flops * cfg.pretrain_steps
 
 def imitate(cfg, part, corpus):
     """Align an arm with cfg.versus, by "text" or "thoughts": (figures, FLOPs).
@@ -176,13 +167,17 @@ def learn(cfg, part, corpus):
 
     read, answers, speak: phases 1 to 3. text, thoughts: it imitates. lm: phase 1 of a GPT.
     """
-    if part == "lm":
-        return {}, read_as_gpt(cfg, corpus)
     if part in ("text", "thoughts"):
         return imitate(cfg, part, corpus)
     if part == "speak":                 # with the teacher and the width that phase 2 had
         asked = train.resolve(dict(phase="speak", out=cfg.out))
         return train.run(asked, corpus, model_of(cfg)), 0
+    if part == "lm":
+        run = read_gpt(plain(cfg), corpus)
+        torch.save(run.model.state_dict(), Path(cfg.out) / "gpt.pt")
+        rows = corpus.train.batch(cfg.batch_size).to(run.device)
+        flops = step_flops(run, "pretrain", lambda progress: run.model.pretrain_loss(rows))
+        return {}, flops * cfg.pretrain_steps
     phase = dict(read="pretrain", answers="distill")[part]
     figures = train_arm(cfg, corpus, phase=phase)
     run = open_run(cfg, corpus)
@@ -268,33 +263,15 @@ def measure_quietly(cfg):
     with redirect_stdout(None):
         return measure(cfg)
 
-TABLES = {
-    "How alike: latents of held-out text, of the arm and of large T-JEPA": {
-        "CKA": "cka", "R2 of the best linear map": "linear", "10 neighbours shared": "knn"},
-    "Probes of frozen latents (questions in held-out phrasings), and the cost of the arm": {
-        "relation": "relation", "fact": "fact", "mean": "probe", "PFLOP before phase 3": "pflop"},
-    "Exact match of the arm's decoder; of teacher's: as a share of large T-JEPA's": {
-        **{f"{part} {phrasing}": f"em_{part}{tail}" for part in evaluate.SPLITS
-           for phrasing, tail in (("trained", ""), ("held-out", "_heldout"))},
-        "DEC held-out, of teacher's": "kept_DEC", "LAT held-out, of teacher's": "kept_LAT"},
-}
-
 def distillation(flags):
     """Teachers first, then students, then what a student teaches; then the tables."""
-    names, prepare, judge = chosen(flags, ARMS), dataclasses.replace, measure
-    if flags.fast:
-        print("labs.distillation --fast: half a minute on one core; its figures mean nothing")
-        flags = dataclasses.replace(flags, seeds=1, redo=True)
-        prepare, judge = shrunk, measure_quietly
+    names, judge = chosen(flags, ARMS), measure_quietly if flags.fast else measure
     for stage in TEACHERS, STUDENTS, LATER:
-        mine = {name: prepare(cfg) for name, cfg in stage.items() if name in names}
-        run_arms("distillation", mine, dataclasses.replace(flags, arms=""), judge)
-    if flags.fast:
-        print("\n".join(f"{name}: ran" for name in names))
-        return
-    rows = results("distillation", flags)
-    text = tables(rows, {title: (ARMS, columns) for title, columns in TABLES.items()})
-    publish("distillation", rows, text, flags.table)
+        mine = {name: cfg for name, cfg in stage.items() if name in names}
+        every = dataclasses.replace(flags, arms="")
+        rows = run_or_try("distillation", mine, every, judge, shrunk)
+    if rows is not None:
+        publish("distillation", rows, page_tables("distillation", rows), flags.table)
 
 if __name__ == "__main__":
     main(distillation)

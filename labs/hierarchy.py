@@ -4,28 +4,26 @@ Does latent prediction win where theory says that it must? Sentences of a random
     python -m labs.hierarchy            49 arms a seed, two to five minutes of a core each
     python -m labs.hierarchy --fast     half a minute on one core: does it run?
 
-In the Random Hierarchy Model each symbol has m rules, and each rule is a pair of symbols of the
-level below. From the root, L levels down, a sentence has 2^L tokens:
+In the Random Hierarchy Model each symbol has m rules; a rule is a pair of symbols of the level
+below. A root, L levels up, becomes a sentence of 2^L tokens:
 
     level 2 (root)      a
     level 1             b       c           rules of a: (b c), (c d), ...
     level 0 (tokens)    e   f   g   e       rules of b: (e f), (g h), ...
 
-No pair belongs to two rules, so a sentence has one parse. The pairs of a symbol are synonyms; only
-their context shows it. Theory (Korchinski, Favero, Wyart 2026), for v symbols a level: a symbol of
-level l is found by predicting tokens from about v m^(l+2) sentences, because it is told by tokens l
-levels below; by predicting latents from about v m^3 at any level. The root has no context, so level
-L-1 is the highest that is judged. m must be below v, or sentences are uniform noise.
+No pair has two rules, so a sentence has one parse. The pairs of a symbol are synonyms: only their
+context shows it. Theory (Korchinski, Favero, Wyart 2026), for v symbols a level: to find level l,
+predicting tokens needs about v m^(l+2) sentences, predicting latents about v m^3 at any level. The
+root has no context, so level L-1 is the highest that is judged.
 
 Expected before the first run: P*, the number of sentences needed, grows m-fold a level for the
 masked LM, and stays the same for latent prediction.
 
 P* is where the probe of a level, on new sentences, is half-way between the random-init encoder and
-1, on a line in log P between the nearest P tried. This was fixed before the first run. A level that
-is not found has no P*. Arms of a seed share the grammar, the sentences (nested in P), model size,
-batch, masks, learning rate and steps, so epochs differ with P. `BASE` has what differs from
-train.py: one target per token, as a span mixes symbols; learned positions, because the masked LM
-learned more slowly with rotary ones in prototypes (the predictor keeps those).
+1, on a line in log P between the nearest P tried; this was fixed before the first run. Arms of a
+seed share the grammar, the sentences (nested in P), model size, batch, masks, rate and steps, so
+epochs differ with P. `BASE` has what differs from train.py: a target per token, as a span mixes
+symbols; learned positions, with which the masked LM learned faster in prototypes.
 
 Also tried, seed 9, L = 4, P = 2048, 6,000 steps, probes of levels 2 and 3: masked LM .879 .418, a
 third of the rate .726 .346, spans of 4 .785 .377. Latents as here .438 .295; sigreg .1 .662 .333,
@@ -39,18 +37,18 @@ import dataclasses
 import math
 import statistics
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
 import evaluate
 import tjepa
 import train
-from labs.arms import chosen, in_short, main, run_arms
+from labs.arms import in_short, main, run_or_try
 from labs.controls import MASKED_LM
+from labs.facts import page_tables
 from labs.measures import logistic_probe
 from labs.runs import Arm, fit, model_of
-from labs.tables import Figure, by_seed, figure_of, publish, tables
+from labs.tables import Figure, by_seed, figure_of, publish, table
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
 
@@ -67,15 +65,11 @@ class Config(Arm):
 
     def __post_init__(self):
         super().__post_init__()
-        rules = f"2 or more, and below --symbols={self.symbols}"
-        size = 2 ** self.depth
+        # with as many rules as symbols every pair is allowed: sentences are uniform noise
+        rules, size = f"2 or more, and below --symbols={self.symbols}", 2 ** self.depth
         tjepa.check(self, (
-            ("depth", lambda v: v >= 2, "2 or more: one level has no context"),
             ("rules", lambda v: 1 < v < self.symbols, rules),
-            ("block_size", lambda v: v == size, f"2 ** --depth = {size}"),
-            ("sentences", lambda v: v >= 1, "1 or more"),
-            ("nodes", lambda v: v >= 64, "64 or more"),
-        ))
+            ("block_size", lambda v: v == size, f"2 ** --depth = {size}")))
 
 FLOOR = "random-init encoder"
 BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, variant="LearnedPositions", target="token",
@@ -141,26 +135,17 @@ class Grammar:
 def draw_sentences(grammar, cfg):
     """(P, 2^L) to learn from, and up to cfg.nodes others for the probes, the same for every P."""
     drawn = grammar.draw(DRAWS, torch.Generator().manual_seed(cfg.seed + 1))
-    distinct, which = drawn.unique(dim=0, return_inverse=True)
-    # keep the first of each, in the order of drawing
-    first = torch.full((len(distinct),), DRAWS)
-    first = first.scatter_reduce(0, which, torch.arange(DRAWS), "amin")
-    drawn = drawn[first.sort().values]
+    # the first of each, in the order of drawing
+    drawn = torch.tensor(list(dict.fromkeys(map(tuple, drawn.tolist()))))
     n_new = min(cfg.nodes, len(drawn) // 2)
-    n_left = len(drawn) - n_new
-    if cfg.sentences > n_left:
-        raise ValueError(f"--sentences={cfg.sentences}: a grammar of depth {cfg.depth} has "
-                         f"{n_left} here, beside the {n_new} for the probes: ask for fewer, or "
-                         "raise --rules or --symbols")
+    if cfg.sentences > len(drawn) - n_new:
+        raise ValueError(f"--sentences={cfg.sentences}: this grammar has {len(drawn) - n_new}, "
+                         f"beside the {n_new} for the probes: ask for fewer")
     return drawn[n_new:n_new + cfg.sentences], drawn[:n_new]
 
-class Sentences(NamedTuple):
-    """A text, as far as `train.pretrain` and `evaluate_text` need one."""
-    rows: torch.Tensor      # (n, T)
-
-    def batch(self, n):
-        """n random sentences: (n, T)."""
-        return self.rows[torch.randint(len(self.rows), (n,))]
+def as_text(rows):
+    """Sentences (n, T) as far as phase 1 needs a text: batch(k) draws k of them, (k, T)."""
+    return SimpleNamespace(batch=lambda k: rows[torch.randint(len(rows), (k,))])
 
 # -- an arm ----------------------------------------------------------------------------------------
 
@@ -191,7 +176,7 @@ def measure(cfg):
     device, dtype = train.pick_device(cfg)
     n_ids = cfg.symbols + 4                             # the four special tokens
     tokenizer = SimpleNamespace(vocab_size=n_ids, word_start=torch.ones(n_ids).bool())
-    corpus = SimpleNamespace(train=Sentences(known), val=Sentences(new), values={})
+    corpus = SimpleNamespace(train=as_text(known), val=as_text(new), values={})
     model = train.build(cfg, tokenizer, model=model_of(cfg)).to(device)
     run = train.Run(cfg, model, corpus, device, dtype)
     log = fit(run, "pretrain", train.pretrain(run)[0])
@@ -214,18 +199,6 @@ def crossing(points, threshold):
             return p * (q / p) ** ((threshold - low) / (high - low))
     return math.inf
 
-def samples_needed(rows, objective, depth, level):
-    """P* of a level: {seed: P*}, for the seeds of which the random-init encoder was measured."""
-    name = f"level_{level}"
-    points, floors = {}, {}
-    for row in rows:
-        if (row["objective"], row["depth"]) == (FLOOR, depth):
-            floors[row["seed"]] = row[name]
-        if (row["objective"], row["depth"]) == (objective, depth):
-            points.setdefault(row["seed"], []).append((row["sentences"], row[name]))
-    return {seed: crossing(sorted(points[seed]), (floor + 1) / 2)
-            for seed, floor in floors.items() if seed in points}
-
 def slopes(needed):
     """By how much log P* / log m rises a level, by least squares: one slope for each seed.
 
@@ -234,42 +207,43 @@ def slopes(needed):
     """
     points = {}
     for level, stars in needed.items():
-        for seed, star in sorted(stars.items()):
+        for seed, star in stars.items():
             if 0 < star < math.inf:
                 points.setdefault(seed, []).append((level, math.log(star, BASE.rules)))
     return [statistics.linear_regression(*zip(*at)).slope for at in points.values() if len(at) > 1]
 
 def in_words(stars, tried):
     """The P* of each seed; where it lies outside of what was tried, the end of that."""
-    words = []
-    for _, star in sorted(stars.items()):
-        if star == 0:
-            words.append(f"< {min(tried)}")
-        elif star == math.inf:
-            words.append(f"> {max(tried)}")
-        else:
-            words.append(f"{star:.0f}")
-    return ", ".join(words)
+    outside = {0: f"< {min(tried)}", math.inf: f"> {max(tried)}"}
+    return ", ".join(outside.get(star, f"{star:.0f}") for star in stars.values())
 
 def summaries(rows):
-    """P* and its slope in measured rows, over seeds: a row an objective, as in an older table."""
-    rows = by_seed(rows)
+    """P* and its slope in the deepest grammar: a row an objective, named as in an older table.
+
+    Only seeds count of which the random-init encoder was measured too.
+    """
+    deepest = [row for row in by_seed(rows) if row["depth"] == DEEPEST]
+    deepest.sort(key=lambda row: (row["seed"], row["sentences"]))
+    floors = {row["seed"]: row for row in deepest if row["objective"] == FLOOR}
     found = []
-    for objective in dict.fromkeys(row["objective"] for row in rows if row["objective"] != FLOOR):
-        summary = dict(arm=objective, seed=None)
-        of_levels = {}                                  # of the deepest grammar
-        for depth in SIZES:
-            tried = [row["sentences"] for row in rows
-                     if (row["objective"], row["depth"]) == (objective, depth)]
-            for level in range(1, depth):
-                stars = samples_needed(rows, objective, depth, level)
-                if stars:
-                    words = Figure(in_words(stars, tried), None, len(stars))
-                    summary[f"needed_L{depth}_level_{level}"] = words
-                if depth == DEEPEST:
-                    of_levels[level] = stars
-        rise = slopes(of_levels)
-        if rise:
+    for objective in OBJECTIVES:
+        of_seed = {}
+        for row in deepest:
+            if row["objective"] == objective and row["seed"] in floors:
+                of_seed.setdefault(row["seed"], []).append(row)
+        if not of_seed:
+            continue
+        tried = [row["sentences"] for mine in of_seed.values() for row in mine]
+        summary, needed = dict(arm=objective, seed=None), {}
+        for level in range(1, DEEPEST):
+            name, stars = f"level_{level}", {}
+            for seed, mine in of_seed.items():
+                points = [(row["sentences"], row[name]) for row in mine]
+                stars[seed] = crossing(points, (floors[seed][name] + 1) / 2)
+            needed[level] = stars
+            words = in_words(stars, tried)
+            summary[f"needed_L{DEEPEST}_{name}"] = Figure(words, None, len(stars))
+        if rise := slopes(needed):
             summary["slope_over_levels"] = figure_of(rise)
         found.append(summary)
     return found
@@ -290,33 +264,22 @@ def grid(sizes):
                         BASE, objective=objective, sentences=size, **shape | change)
     return arms
 
-def page(rows, arms):
-    """All tables, as markdown."""
+def shrunk(cfg):
+    """An arm for --fast."""
+    return dataclasses.replace(in_short(cfg), nodes=100)
+
+def page(rows):
+    """The tables of the lab's page, and the slopes, as markdown."""
     rows = summaries(rows) + rows
-    needed = {f"level {level}": f"needed_L{DEEPEST}_level_{level}" for level in range(1, DEEPEST)}
-    needed["slope of log P* / log m (tokens: 1, latents: 0)"] = "slope_over_levels"
-    by_depth = {f"L = {depth}": f"needed_L{depth}_level_{depth - 1}" for depth in SIZES}
-    probes = {f"level {level}": f"level_{level}" for level in range(1, DEEPEST)}
-    parts = {
-        f"P* of each level, L = {DEEPEST}, one figure for each seed": (OBJECTIVES, needed),
-        "P* of level L - 1, one figure for each seed": (OBJECTIVES, by_depth),
-        "Probes": (arms, probes | {"R2": "val_r2", "rank": "rank", "health": "health"}),
-    }
-    return tables(rows, parts)
+    title = "slope of log P* / log m over the levels (tokens: 1, latents: 0)"
+    return page_tables("hierarchy", rows) + "\n\n" + table(rows, MAIN, {title: "slope_over_levels"})
 
 def hierarchy(flags):
     """Run the arms and print the tables."""
-    if flags.fast:
-        print("labs.hierarchy --fast: half a minute on one core; its figures mean nothing")
-        few = {2: (54,), 3: (128,), 4: (512,)}
-        arms = {name: dataclasses.replace(in_short(cfg), nodes=100)
-                for name, cfg in grid(few).items()}
-        run_arms("hierarchy", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
-        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
-        return
-    arms = grid(SIZES)
-    rows = run_arms("hierarchy", arms, flags, measure)
-    publish("hierarchy", rows, page(rows, arms), flags.table)
+    arms = grid({2: (54,), 3: (128,), 4: (512,)} if flags.fast else SIZES)
+    rows = run_or_try("hierarchy", arms, flags, measure, shrunk)
+    if rows is not None:
+        publish("hierarchy", rows, page(rows), flags.table)
 
 if __name__ == "__main__":
     main(hierarchy)

@@ -15,19 +15,16 @@ Expected before the first run: with EOS no gain at 8,000 pairs, a small one belo
 exact match for any lambda; prefix match is then to be compared. The map of lambda and k is a
 plateau. A description by people is no better a second view than the regex.
 
-All arms of a size share pairs, batches, steps and the learning rate, which was tuned for lambda = 0
-on held-out training pairs. A control without a model, the commonest regex of a sentence whose
-phrases are cut out, is printed by prepare.py.
+Arms of a size share pairs, batches, steps and the learning rate, tuned for lambda = 0 on held-out
+training pairs. prepare.py prints a control without a model: the commonest regex of a pattern.
 """
 import dataclasses
-import itertools
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import data
@@ -35,9 +32,9 @@ import tjepa
 import train
 from data.nlrx.prepare import leaked
 from labs import controls, runs
-from labs.arms import main, run_arms
-from labs.measures import rankme
-from labs.tables import by_seed, over_seeds, publish, tables
+from labs.arms import main, run_or_try
+from labs.facts import page_tables
+from labs.tables import publish
 
 FOLDER = Path(data.__file__).parent / "nlrx"
 # one token: a class such as [A-Z], a count, \b, .*, a word with its space, or one character
@@ -192,15 +189,14 @@ def alike(guess, target, regexes):
     """Does a description lead to the latent of its own regex? guess, target (n, C), n strings.
 
     paired, unpaired: mean cosines. r1: share of guesses whose nearest target has their own regex,
-    by string. rank_text, rank_code: RankMe, at most C.
+    by string.
     """
     cosine = F.normalize(guess, dim=-1) @ F.normalize(target, dim=-1).T         # (n, n)
     number = torch.tensor([regexes.index(regex) for regex in regexes], device=cosine.device)
     same = number[:, None] == number                                    # (n, n)
     r1 = same.gather(1, cosine.argmax(1, keepdim=True)).float().mean()
     return dict(paired=cosine.diagonal().mean().item(), unpaired=cosine[~same].mean().item(),
-                r1=r1.item(), r1_chance=same.float().mean().item(), rank_text=rankme(guess),
-                rank_code=rankme(target))
+                r1=r1.item(), r1_chance=same.float().mean().item())
 
 @torch.no_grad()
 def write(run, tokenizer, descriptions):
@@ -247,7 +243,6 @@ def measure(cfg):
         batch = pack(tokenizer, views_of(cfg, test), cfg, run.device)
         figures |= alike(*run.model.views(batch), [regex for _, regex in test])
         figures["token_loss"] = run.model.token_loss(batch, with_eos=False).item()
-    figures["term"] = f"lambda {cfg.latent:g}, k {cfg.k}" if cfg.latent else "none"
     if held:
         figures["dev"] = score(said[len(test):], held)["exact"]
     return figures
@@ -264,12 +259,16 @@ def arm(size, **changes):
 
 MAP = {f"lambda={latent:g} k={k}": arm(1000, latent=latent, k=k)
        for latent in (0.5, 1.0, 2.0) for k in (0, 1, 3)}
-CASES = {"": {}, " latent": BEST, " no-EOS": dict(eos_in_loss=False),
-         " latent no-EOS": BEST | dict(eos_in_loss=False)}
-SQUARE = {f"{size}{case}": arm(size, **how) for size in STEPS for case, how in CASES.items()}
-# Two views have as many tokens as the packed row: the latent term doubles the work of a step.
-SQUARE |= {f"{size} twice the steps": arm(size, speak_steps=2 * steps)
-           for size, steps in STEPS.items()}
+SQUARE = {}
+for size, steps in STEPS.items():
+    SQUARE |= {
+        f"{size}": arm(size),
+        f"{size} latent": arm(size, **BEST),
+        f"{size} no-EOS": arm(size, eos_in_loss=False),
+        f"{size} latent no-EOS": arm(size, **BEST, eos_in_loss=False),
+        # Two views have as many tokens as the packed row: the latent term doubles a step's work.
+        f"{size} twice the steps": arm(size, speak_steps=2 * steps),
+    }
 WAYS = {
     "mse": arm(1000, **BEST, distance="mse"),
     "infonce": arm(1000, **BEST, distance="infonce"),
@@ -289,65 +288,15 @@ def shrunk(cfg):
     return dataclasses.replace(cfg, n_embd=32, n_layer=1, top_k=1, size=60, tests=6,
                                qa_batch_size=8, speak_steps=2)
 
-PAIRS = [(f"{size} latent{term}", f"{size}{other}") for size in STEPS
-         for term, other in (("", ""), ("", " twice the steps"), (" no-EOS", " no-EOS"))]
-GAINS = {"exact match": "exact", "prefix match": "prefix"}
-# cross-entropy: of a token of a test regex, never of EOS
-COLUMNS = {"latent term": "term", **GAINS, "dev": "dev", "cross-entropy": "token_loss",
-           "cosine of pairs": "paired", "of others": "unpaired", "R@1": "r1", "chance": "r1_chance",
-           "rank of text": "rank_text", "of code": "rank_code"}
-TABLES = {
-    "By size": (SQUARE, COLUMNS),
-    "What the latent term adds, by seed": ([f"{arm} - {other}" for arm, other in PAIRS], GAINS),
-    "1,000 pairs, lambda and k (1000 is lambda 0)": (["1000", *MAP], COLUMNS),
-    "1,000 pairs, other changes": (["1000", "1000 latent", *WAYS], COLUMNS),
-}
-
-def with_gains(rows):
-    """rows, and for each of PAIRS the difference of arm and control, seed by seed.
-
-    An older table holds these differences under the same names.
-    """
-    found = {(row["arm"], row["seed"]): row for row in by_seed(rows)}
-    gains = []
-    for (arm, control), seed in itertools.product(PAIRS, {seed for _, seed in found}):
-        if (arm, seed) in found and (control, seed) in found:
-            mine, other = found[arm, seed], found[control, seed]
-            gains.append(mine | dict(arm=f"{arm} - {control}") | {
-                name: mine[name] - other[name] for name in GAINS.values()})
-    return rows + gains
-
-def draw_square(rows, path):
-    """Exact and prefix match by number of pairs, mean and standard deviation over seeds."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (title, name) in zip(axes, GAINS.items()):
-        for number, case in enumerate([*CASES, " twice the steps"]):    # five lines
-            found = {size: over_seeds(rows, f"{size}{case}", name) for size in STEPS}
-            sizes = [size for size in STEPS if found[size]]
-            axis.errorbar([size * 1.03 ** number for size in sizes],    # side by side
-                          [found[size].mean for size in sizes],
-                          [found[size].deviation or 0 for size in sizes], fmt="-o", capsize=3,
-                          label=case.strip() or "cross-entropy")
-        axis.set(title=title, xscale="log", xlabel="training pairs", ylabel="share of test pairs")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
 def llm_jepa(flags):
-    """Run the arms, then write tables and figure. --arms takes names of arms and of groups."""
+    """Run the arms; print the tables of the lab's page. --arms: names of arms and of groups."""
     read("synth_train")                 # without pairs it ends here, in one line
     words = flags.arms.split(",") if flags.arms else list(GROUPS)
     names = [name for word in words for name in GROUPS.get(word, [word])]
     flags = dataclasses.replace(flags, arms=",".join(names))
-    if flags.fast:
-        print("labs.llm_jepa --fast: 10 seconds on one core; its figures mean nothing")
-        flags = dataclasses.replace(flags, seeds=1, redo=True)
-        run_arms("llm_jepa", {name: shrunk(cfg) for name, cfg in ARMS.items()}, flags, measure)
-        print("\n".join(f"{name}: ran" for name in names))
-        return
-    rows = with_gains(run_arms("llm_jepa", ARMS, flags, measure))
-    draw_square(rows, Path(flags.out) / "llm_jepa.png")
-    publish("llm_jepa", rows, tables(rows, TABLES), flags.table)
+    rows = run_or_try("llm_jepa", ARMS, flags, measure, shrunk)
+    if rows is not None:
+        publish("llm_jepa", rows, page_tables("llm_jepa", rows), flags.table)
 
 if __name__ == "__main__":
     main(llm_jepa)

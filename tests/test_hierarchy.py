@@ -179,7 +179,7 @@ def test_p_star_of_measured_rows_has_the_names_of_the_older_table():
 
 def test_the_page_shows_p_star_and_probes():
     """Measured rows, and only the arms that were run."""
-    text = hierarchy.page(rows([100.0, 300.0]), hierarchy.grid(hierarchy.SIZES))
+    text = hierarchy.page(rows([100.0, 300.0]))
     assert "| latent | 100, 300 |" in text
     assert "| masked LM |" not in text
     assert "| random-init encoder L4 | 0.200 ± 0.000 (2 seeds) |" in text
