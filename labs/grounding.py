@@ -18,8 +18,8 @@ IDK = "I don't know"
 
 def silent(thoughts):
     """Thoughts of zeros: of the memory slots only the bias is left."""
-    latent, context = torch.zeros_like(thoughts.latent), torch.zeros_like(thoughts.context)
-    return thoughts._replace(latent=latent, context=context)
+    return thoughts._replace(latent=torch.zeros_like(thoughts.latent),
+                             context=torch.zeros_like(thoughts.context))
 
 def think(run, questions):
     """What the decoder reads when it is asked these questions: a `Thought`."""
@@ -43,13 +43,12 @@ def logprobs(run, thoughts, answers, size=512):
 @torch.no_grad()
 def answers_of(run, thoughts):
     """Greedy speech: n strings, and the log-probability of each token (n, A), NaN at padding."""
-    ids = []
-    for rows in torch.arange(len(thoughts.latent), device=run.device).split(512):
+    shape = len(thoughts.latent), run.cfg.answer_size
+    ids = torch.full(shape, run.model.cfg.pad, device=run.device)
+    for rows in torch.arange(len(ids), device=run.device).split(512):
         with run.autocast():
             said = torch.stack(list(run.model.speak(thoughts.rows(rows))), dim=1)
-        room = run.cfg.answer_size - said.size(1)
-        ids.append(F.pad(said, (0, room), value=run.model.cfg.pad))             # (B, A)
-    ids = torch.cat(ids)
+        ids[rows, :said.size(1)] = said
     decode = run.corpus.tokenizer.decode
     return [decode(row).strip() for row in ids.tolist()], logprobs(run, thoughts, ids)
 
@@ -60,9 +59,8 @@ def trust(questions, said, scores):
     silent_DEC      share of DEC that gets "I don't know"
     auroc_NAME      of DEC against NEVER, by a score; "I don't know" counts as least sure
     """
-    rows = torch.cat((questions.where("DEC"), questions.where("NEVER"))).cpu()
-    chosen_rows = [questions.rows[i] for i in rows]
-    known = torch.tensor([row.split == "DEC" for row in chosen_rows])           # (m,)
+    rows = questions.where("DEC", "NEVER").cpu()                                # (m,)
+    known = torch.tensor([questions.rows[i].split == "DEC" for i in rows])
     silent_row = torch.tensor([said[i] == IDK for i in rows])
     figures = dict(hallucinated=(~silent_row)[~known].float().mean().item(),
                    silent_DEC=silent_row[known].float().mean().item())
@@ -94,19 +92,16 @@ def replaced(run, questions):
     real = think(run, questions)
     torch.manual_seed(0)
     mixed = torch.randperm(len(questions.rows), device=run.device)
-    mean = real._replace(latent=real.latent.mean(0).expand_as(real.latent),
-                         context=real.context.mean(0).expand_as(real.context))
     other_seed = dataclasses.replace(plain(run.cfg), seed=run.cfg.seed + 1000)
     stranger = train.build(other_seed, run.corpus.tokenizer).to(run.device)
-    memories = dict(
-        real=real, zero=silent(real), mean=mean, shuffled=real.rows(mixed),
-        relation=real.rows(same_relation(questions)),
-        random=think(run._replace(model=stranger), questions))
+    memories = dict(real=real, zero=silent(real), shuffled=real.rows(mixed),
+                    relation=real.rows(same_relation(questions)),
+                    random=think(run._replace(model=stranger), questions))
     figures = {}
     for name, thoughts in memories.items():
-        said = evaluate.say(run, thoughts)
-        found = evaluate.by_split(questions, "em", controls.matches(questions, said))
-        figures |= {f"{key}_memory_{name}": value for key, value in found.items()}
+        right = controls.matches(questions, evaluate.say(run, thoughts))
+        for key, value in evaluate.by_split(questions, "em", right).items():
+            figures[f"{key}_memory_{name}"] = value
     return figures
 
 def tracing(questions, said, nearest):
@@ -116,38 +111,33 @@ def tracing(questions, said, nearest):
     """
     named = [questions.answers[i] for i in nearest.tolist()]
     agree = torch.tensor([a == b for a, b in zip(named, said)], device=nearest.device)
-    figures = {}
+    others = [named[i] for i in same_relation(questions).tolist()]
+    figures = dict(agree_chance=sum(a == b for a, b in zip(others, said)) / len(said))
     for split in (*evaluate.SPLITS, "NEVER"):
         rows = questions.where(split)
         if len(rows):
             figures[f"agree_{split}"] = agree[rows].float().mean().item()
-    others = [named[i] for i in same_relation(questions).tolist()]
-    figures["agree_chance"] = sum(a == b for a, b in zip(others, said)) / len(said)
     return figures
 
 def rivals_of(questions, nearest):
     """For each question a third answer of its relation, neither its own nor the nearest: (n,)."""
-    weight = questions.rivals.float()                                           # (n, A)
-    weight = weight.scatter(1, questions.answer_of[:, None], 0)
-    weight = weight.scatter(1, nearest[:, None], 0)
+    taken = torch.stack((questions.answer_of, nearest), 1)                      # (n, 2)
+    weight = questions.rivals.float().scatter(1, taken, 0)                      # (n, A)
     torch.manual_seed(0)
     return torch.multinomial(weight.cpu() + 1e-9, 1)[:, 0].to(nearest.device)
 
 def editing(run, questions, thoughts, nearest):
     """Share of answers that become a rival's when the thought is edited: follow_NAME.
 
-    NAME: replace (by the rival's latent), shift_100 (by the difference of the two concepts), random
-    (as far in a random direction).
+    NAME: shift_100 (by the difference of the two concepts), random (as far in a random direction).
     """
     rival = rivals_of(questions, nearest)
     shift = run.concepts[rival] - run.concepts[nearest]                         # (n, D)
     torch.manual_seed(1)
     aside = F.normalize(torch.randn_like(shift), dim=1) * shift.norm(dim=1, keepdim=True)
-    edits = dict(replace=run.concepts[rival], shift_100=thoughts.latent + shift,
-                 random=thoughts.latent + aside)
     figures = {}
-    for name, latent in edits.items():
-        said = evaluate.say(run, thoughts._replace(latent=latent))
+    for name, move in dict(shift_100=shift, random=aside).items():
+        said = evaluate.say(run, thoughts._replace(latent=thoughts.latent + move))
         for split in ("DEC", "LAT"):
             rows = questions.where(split).tolist()
             n_rival = sum(said[i] == questions.answers[rival[i]] for i in rows)

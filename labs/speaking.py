@@ -17,6 +17,7 @@ subjects teach "I don't know" in three arms; no arm is judged on these.
 """
 import dataclasses
 import math
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -73,13 +74,16 @@ def lessons_of(questions):
     """The same questions, where IDK rows are taught like DEC rows."""
     return relabel(questions, lambda row: "DEC" if row.split == "IDK" else row.split)
 
+def corpus_of(cfg):
+    """The corpus of an arm, with the questions to ask."""
+    corpus = data.load(plain(cfg))
+    return corpus._replace(qa=pick_questions(corpus, cfg))
+
 def start(cfg):
     """A `train.Run` after the phases before cfg.phase, with a new decoder."""
     begin(cfg)
-    corpus = data.load(plain(cfg))
-    corpus = corpus._replace(qa=pick_questions(corpus, cfg))
     fresh = [""] if cfg.encoder == "random" else ["decoder."]
-    run = open_run(cfg, corpus, fresh)._replace(cfg=cfg)
+    run = open_run(cfg, corpus_of(cfg), fresh)._replace(cfg=cfg)
     if cfg.phase == "distill" or cfg.encoder == "random":
         return run._replace(concepts=train.set_answers(run, None))
     # phase 2 has set the scale of thoughts
@@ -142,26 +146,25 @@ def gradients(speech, seed):
     random goals) and, for joint, thought (phase 2). The heads and the embedding are left out.
     """
     model, decoder = speech.run.model, speech.run.model.decoder
-    layers = list(decoder.blocks)
-    if decoder.slots is not None:
-        layers.insert(0, decoder.slots)
+    layers = [decoder.slots] if decoder.slots is not None else []
+    layers += decoder.blocks
     n_decoder = len(layers)
     if speech.trains_encoder:
         layers += [model.context_encoder.blocks, model.predictor]
     torch.manual_seed(seed)
     rows = train.draw_lessons(speech.run, speech.lessons)
-    kinds = dict(token=(speech.goals, 0.0), latent=(speech.goals, 1.0),
-                 random=(speech.random_goals, 1.0))
+    losses = dict(token=partial(speech.loss, rows, speech.goals, 0.0),
+                  latent=partial(speech.loss, rows, speech.goals, 1.0),
+                  random=partial(speech.loss, rows, speech.random_goals, 1.0))
     if speech.run.cfg.encoder == "joint":
-        kinds["thought"] = None
+        losses["thought"] = partial(speech.distill_loss, 0.0)
     found = [{} for _ in layers]
-    for name, kind in kinds.items():
+    for name, loss_of in losses.items():
         torch.manual_seed(seed)         # the same noise for each loss
-        loss, _ = speech.loss(rows, *kind) if kind else speech.distill_loss(0.0)
+        loss, _ = loss_of()
         for layer, vectors in zip(layers, found):
-            parameters = list(layer.parameters())
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True,
-                                        materialize_grads=True)
+            grads = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True,
+                                        allow_unused=True, materialize_grads=True)
             vectors[name] = torch.cat([grad.flatten() for grad in grads])
     return found[:n_decoder], found[n_decoder:]
 
@@ -172,19 +175,18 @@ def conflict(speech, batches=4):
     grad_cos_thought_encoder        L_token with the loss of phase 2, on encoder and predictor
     grad_halves_NAME                one loss on two half batches: what noise leaves of a cosine of 1
     """
-    pairs = (("", dict(cos="latent", cos_random="random"), ("token", "latent")),
-             ("_encoder", dict(cos_thought="thought"), ("token", "thought")))
+    compared = (("", dict(cos="latent", cos_random="random"), ("token", "latent")),
+                ("_encoder", dict(cos_thought="thought"), ("token", "thought")))
     cosines = {}
-    for batch in range(batches):
-        seed = 10 ** 8 + 2 * batch
+    for seed in range(10 ** 8, 10 ** 8 + 2 * batches, 2):
         halves = zip(gradients(speech, seed), gradients(speech, seed + 1))
-        for (part, others, halved), (first, second) in zip(pairs, halves):
-            for a, b in zip(first, second):             # a layer's gradients on both halves
-                token = a["token"] + b["token"]
-                compared = {title: (token, a[name] + b[name])
-                            for title, name in others.items() if name in a}
-                compared |= {f"halves_{name}": (a[name], b[name]) for name in halved if name in a}
-                for title, vectors in compared.items():
+        for (part, others, halved), layers in zip(compared, halves):
+            for a, b in zip(*layers):                   # a layer's gradients on both halves
+                whole = {name: a[name] + b[name] for name in a}
+                pairs = {title: (whole["token"], whole[name])
+                         for title, name in others.items() if name in a}
+                pairs |= {f"halves_{name}": (a[name], b[name]) for name in halved if name in a}
+                for title, vectors in pairs.items():
                     cosine = F.cosine_similarity(*vectors, dim=0).item()
                     cosines.setdefault(f"grad_{title}{part}", []).append(cosine)
     return {name: sum(values) / len(values) for name, values in cosines.items()}
@@ -244,9 +246,8 @@ def speaker(cfg):
 
 def gpt(cfg):
     """A GPT as deep as encoder and decoder together, which learns DEC questions as tokens."""
-    corpus = data.load(plain(cfg))
-    corpus = corpus._replace(qa=pick_questions(corpus, cfg))
-    run = controls.read_gpt(plain(cfg, n_layer=cfg.n_layer + cfg.dec_layer), corpus)
+    deep = plain(cfg, n_layer=cfg.n_layer + cfg.dec_layer)
+    run = controls.read_gpt(deep, corpus_of(cfg))
     taught = lessons_of(run.questions).where("DEC", phrasing="trained")
     controls.teach_gpt(run, taught, cfg.speak_lr)
     said, _ = controls.gpt_says(run, run.questions)
@@ -268,46 +269,43 @@ def lookup(cfg):
     em = evaluate.by_split(held_out, "em", controls.matches(held_out, said))
     return em | trust(held_out, said, dict(latent=-distance))
 
-KINDS = dict(phases_1_and_2=phases_1_and_2, speaker=speaker, gpt=gpt, lookup=lookup)
-
 def measure(cfg):
     """Train and measure an arm: a dict of figures."""
-    return KINDS[cfg.kind](cfg)
+    kinds = dict(phases_1_and_2=phases_1_and_2, speaker=speaker, gpt=gpt, lookup=lookup)
+    return kinds[cfg.kind](cfg)
 
 # -- the arms --------------------------------------------------------------------------------------
 
 GENTLE = dict(speak_lr=Arm.distill_lr)
-ANNEALED = {"annealed": Config()}
-SCHEDULED = ANNEALED | {
+gpt_arm = partial(Config, kind="gpt", start="")
+ARMS = {
+    SHARED: Config(kind="phases_1_and_2", phase="all", start=""),
+    # schedules and targets of the latent loss
+    "annealed": Config(),
     "alpha 0 (v2.0)": Config(alpha="constant", alpha_start=0.0),
     **{f"alpha {alpha}": Config(alpha="constant", alpha_start=alpha)
        for alpha in (0.1, 0.25, 0.5, 0.9)},
     "annealed from 0.9": Config(alpha_start=0.9),
     "reversed": Config(alpha="reversed"),
     "shuffled latent target": Config(goal="shuffled"),
-}
-ENCODERS = ANNEALED | {
+    # the encoder in phase 3
     "fine-tuned": Config(encoder="tuned"),
     "fine-tuned at 5e-4": Config(encoder="tuned", **GENTLE),
     "joint": Config(encoder="joint", phase="distill", distill_lr=train.Config.speak_lr),
     "joint at 5e-4": Config(encoder="joint", phase="distill"),
-}
-MEMORIES = ANNEALED | {
+    # memories
     "1 slot": Config(n_slots=1),
     "memory=tokens": Config(memory="tokens"),
     "untaught encoder": Config(encoder="random"),
     "no memory": Config(no_memory=True),
-}
-SILENT = ANNEALED | {
+    # is it known what is not known?
     "taught I don't know in phase 3": Config(idk=True),
     "taught I don't know in phases 2 and 3": Config(idk=True, phase="distill"),
-    "GPT": Config(kind="gpt", start=""),
-    "GPT at 5e-4": Config(kind="gpt", start="", **GENTLE),
-    "GPT taught I don't know": Config(kind="gpt", start="", idk=True, **GENTLE),
+    "GPT": gpt_arm(),
+    "GPT at 5e-4": gpt_arm(**GENTLE),
+    "GPT taught I don't know": gpt_arm(idk=True, **GENTLE),
     "lookup": Config(kind="lookup"),
 }
-FIRST = {SHARED: Config(kind="phases_1_and_2", phase="all", start="")}
-ARMS = FIRST | SCHEDULED | ENCODERS | MEMORIES | SILENT
 FAST = ("annealed", "joint", "memory=tokens", "no memory", "GPT taught I don't know", "lookup")
 
 def speaking(flags):
