@@ -177,7 +177,6 @@ def run_or_try(lab, arms, flags, measure, short):
     print(f"labs.{lab} --fast: its figures mean nothing")
     arms = {name: short(cfg) for name, cfg in arms.items()}
     run_arms(lab, arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
-    print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
 
 def main(lab, kind=Flags, argv=None):
     """Run a lab's main(flags) from the command line; bad input is one line and exit code 2."""

@@ -66,10 +66,8 @@ class Config(Arm):
     def __post_init__(self):
         super().__post_init__()
         # with as many rules as symbols every pair is allowed: sentences are uniform noise
-        rules, size = f"2 or more, and below --symbols={self.symbols}", 2 ** self.depth
-        tjepa.check(self, (
-            ("rules", lambda v: 1 < v < self.symbols, rules),
-            ("block_size", lambda v: v == size, f"2 ** --depth = {size}")))
+        must = f"2 or more, and below --symbols={self.symbols}"
+        tjepa.check(self, [("rules", lambda v: 1 < v < self.symbols, must)])
 
 FLOOR = "random-init encoder"
 BASE = Config(n_embd=64, pred_embd=32, mlm=0.0, variant="LearnedPositions", target="token",
@@ -151,10 +149,10 @@ def as_text(rows):
 
 @torch.no_grad()
 def read_out(run, grammar, tokens):
-    """Accuracy of a probe for the hidden symbols of each level of tokens (n, T): level_1, ...
+    """Accuracy of a probe for the symbols of each level of tokens (n, T): level_1, ...
 
-    The features of a node are the mean latent of the tokens below it. All nodes of a sentence are
-    in the same part. Chance is about 1/v.
+    A node's features are the mean latent of its tokens. All nodes of a sentence are in the same
+    part. Chance is about 1/v.
     """
     latents = run.model.encode(tokens.to(run.device)).float().cpu()     # (n, T, C)
     found = {}
@@ -180,17 +178,15 @@ def measure(cfg):
     model = train.build(cfg, tokenizer, model=model_of(cfg)).to(device)
     run = train.Run(cfg, model, corpus, device, dtype)
     log = fit(run, "pretrain", train.pretrain(run)[0])
-    figures = log.last() | evaluate.evaluate_text(run) | read_out(run, grammar, new)
     shape = dict(objective=cfg.objective, depth=cfg.depth, sentences=cfg.sentences)
-    return figures | shape
+    return log.last() | evaluate.evaluate_text(run) | read_out(run, grammar, new) | shape
 
 # -- from probes to P* -----------------------------------------------------------------------------
 
 def crossing(points, threshold):
     """The P at which the probe first reaches the threshold, on a line in log P.
 
-    points: (P, probe), rising in P. 0 if it lies below the smallest P, infinity if above the
-    largest.
+    points: (P, probe), rising in P. 0 if below the smallest P, infinity if above the largest.
     """
     if points[0][1] >= threshold:
         return 0.0
@@ -202,8 +198,7 @@ def crossing(points, threshold):
 def slopes(needed):
     """By how much log P* / log m rises a level, by least squares: one slope for each seed.
 
-    needed: level -> {seed: P*}; a seed needs a P* at two levels. Theory: 1 for tokens, 0 for
-    latents.
+    needed: level -> {seed: P*}; a seed needs a P* at two levels. Theory: tokens 1, latents 0.
     """
     points = {}
     for level, stars in needed.items():
@@ -223,32 +218,29 @@ def summaries(rows):
     Only seeds count of which the random-init encoder was measured too.
     """
     deepest = [row for row in by_seed(rows) if row["depth"] == DEEPEST]
-    deepest.sort(key=lambda row: (row["seed"], row["sentences"]))
     floors = {row["seed"]: row for row in deepest if row["objective"] == FLOOR}
     found = []
     for objective in OBJECTIVES:
-        of_seed = {}
-        for row in deepest:
-            if row["objective"] == objective and row["seed"] in floors:
-                of_seed.setdefault(row["seed"], []).append(row)
-        if not of_seed:
+        mine = {(row["seed"], row["sentences"]): row for row in deepest
+                if row["objective"] == objective and row["seed"] in floors}
+        if not mine:
             continue
-        tried = [row["sentences"] for mine in of_seed.values() for row in mine]
         summary, needed = dict(arm=objective, seed=None), {}
         for level in range(1, DEEPEST):
-            name, stars = f"level_{level}", {}
-            for seed, mine in of_seed.items():
-                points = [(row["sentences"], row[name]) for row in mine]
-                stars[seed] = crossing(points, (floors[seed][name] + 1) / 2)
-            needed[level] = stars
-            words = in_words(stars, tried)
+            name, points = f"level_{level}", {}
+            for (seed, size), row in sorted(mine.items()):
+                points.setdefault(seed, []).append((size, row[name]))
+            stars = {seed: crossing(some, (floors[seed][name] + 1) / 2)
+                     for seed, some in points.items()}
+            words = in_words(stars, [size for _, size in mine])
             summary[f"needed_L{DEEPEST}_{name}"] = Figure(words, None, len(stars))
+            needed[level] = stars
         if rise := slopes(needed):
             summary["slope_over_levels"] = figure_of(rise)
         found.append(summary)
     return found
 
-# -- the whole -------------------------------------------------------------------------------------
+# -- the arms --------------------------------------------------------------------------------------
 
 def grid(sizes):
     """The arms, name -> Config. sizes: the P of each depth."""
@@ -276,7 +268,8 @@ def page(rows):
 
 def hierarchy(flags):
     """Run the arms and print the tables."""
-    arms = grid({2: (54,), 3: (128,), 4: (512,)} if flags.fast else SIZES)
+    few = {2: (54,), 3: (128,), 4: (512,)}
+    arms = grid(few if flags.fast else SIZES)
     rows = run_or_try("hierarchy", arms, flags, measure, shrunk)
     if rows is not None:
         publish("hierarchy", rows, page(rows), flags.table)
