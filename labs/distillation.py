@@ -1,9 +1,8 @@
 """
 Large teaches small (T-JEPA v2.0, section 4): what does the student keep, and is the teacher needed?
 
-    python -m labs.distillation                 3 seeds, 4 to 9 minutes of a core each; equal
-                                                compute takes half an hour (medium), hours (small)
-    python -m labs.distillation --fast          half a minute on one core: does it run?
+    python -m labs.distillation             4 to 9 minutes of a core a run; equal compute: hours
+    python -m labs.distillation --fast      half a minute on one core: does it run?
 
 The large T-JEPA is train.py's default. A medium student has a quarter of its encoder's parameters,
 a small one a sixteenth. Students start from random weights, imitate the teacher on text and on
@@ -14,14 +13,14 @@ tokens, not at equal compute; rounds change nothing, nor does a medium one betwe
 a masked LM teaches text as well or better; an untrained teacher gives a student that is like it and
 knows nothing.
 
-Each student takes 800 steps on text, then 800 on questions. "text of": it imitates on text alone.
-Equal compute: the FLOPs of phases 1 and 2, the teacher's included, are spent on the student's own,
-with twice (small: eight times) the batch in all phases. Learning rates of students are three times
-train.py's: on seed 9 better than once, distilled and from scratch.
+Each student takes 800 steps on text, then 800 on questions. Equal compute: the FLOPs of phases 1
+and 2, the teacher's included, are spent on the student's own, with twice (small: eight times) the
+batch in all phases. Students have three times train.py's learning rates: better on seed 9.
 """
 import dataclasses
 import math
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ import report
 import train
 from labs.arms import chosen, in_short, main, run_or_try
 from labs.controls import MASKED_LM, Reader, read_gpt
-from labs.facts import page_tables
+from labs.facts import folder_of, page_tables
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.probes import written
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
@@ -65,13 +64,10 @@ def arm_of(size, steps=STEPS, **changes):
         cfg = dataclasses.replace(cfg, **{name: 3 * getattr(cfg, name) for name in names})
     return dataclasses.replace(cfg, **changes)
 
-def distilled(size, **changes):
-    """A student that imitates text, then thoughts."""
-    return arm_of(size, route="text thoughts speak", **changes)
-
-def text_of(teacher):
-    """A medium student that imitates text alone, by what a GPT has too; then it teaches itself."""
-    return arm_of("medium", route="text answers speak", text="tokens+pooled", versus=teacher)
+# a student that imitates text, then thoughts
+distilled = partial(arm_of, route="text thoughts speak")
+# a student that imitates text alone, by what a GPT has too; then it teaches itself
+text_of = partial(arm_of, "medium", route="text answers speak", text="tokens+pooled")
 
 TEACHERS = {
     "large T-JEPA": arm_of("large", distill_steps=Arm.distill_steps),
@@ -90,14 +86,12 @@ STUDENTS = {
     "medium 2 rounds": distilled("medium", rounds=2),
     "medium 4 rounds": distilled("medium", rounds=4),
     "medium by masked LM": distilled("medium", versus="large masked LM"),
-    "medium text of T-JEPA": text_of("large T-JEPA"),
-    "medium text of masked LM": text_of("large masked LM"),
-    "medium text of GPT": text_of("large GPT"),
-    "medium text of untrained": text_of("large untrained"),
-    "medium from scratch equal compute": arm_of(
-        "medium", 2740, batch_size=2 * 48, qa_batch_size=2 * Arm.qa_batch_size),
-    "small from scratch equal compute": arm_of(
-        "small", 3840, batch_size=8 * 48, qa_batch_size=8 * Arm.qa_batch_size),
+    "medium text of T-JEPA": text_of(versus="large T-JEPA"),
+    "medium text of masked LM": text_of(versus="large masked LM"),
+    "medium text of GPT": text_of(versus="large GPT"),
+    "medium text of untrained": text_of(versus="large untrained"),
+    "medium from scratch equal compute": arm_of("medium", 2740, batch_size=96, qa_batch_size=256),
+    "small from scratch equal compute": arm_of("small", 3840, batch_size=384, qa_batch_size=1024),
 }
 LATER = {"small by way of medium": distilled("small", versus="medium distilled")}
 ARMS = TEACHERS | STUDENTS | LATER
@@ -106,10 +100,6 @@ def shrunk(cfg):
     """An arm for --fast."""
     short = in_short(dataclasses.replace(cfg, rounds=min(2, cfg.rounds)))
     return dataclasses.replace(short, align_steps=2, every=29)
-
-def place(cfg, arm):
-    """Folder of another arm of the same seed."""
-    return Path(cfg.out).parent / f"{arm}_{cfg.seed}"
 
 def open_arm(cfg, corpus):
     """A trained arm as a `train.Run`."""
@@ -123,7 +113,8 @@ def open_arm(cfg, corpus):
 def open_other(cfg, name, corpus):
     """Another arm of the same seed, as a `train.Run`."""
     other = shrunk(ARMS[name]) if cfg.every > 1 else ARMS[name]
-    return open_arm(dataclasses.replace(other, seed=cfg.seed, out=str(place(cfg, name))), corpus)
+    out = str(folder_of(cfg, name))
+    return open_arm(dataclasses.replace(other, seed=cfg.seed, out=out), corpus)
 
 def step_flops(run, phase, loss_at):
     """FLOPs of one optimizer step."""
@@ -133,15 +124,16 @@ def step_flops(run, phase, loss_at):
 def imitate(cfg, part, corpus):
     """Align an arm with cfg.versus, by "text" or "thoughts": (figures, FLOPs).
 
-    Like train.py --distill=align, also for a teacher that train.py cannot open.
+    Like train.py --distill=align, also for a teacher that train.py cannot open, a GPT.
     """
     other = open_other(cfg, cfg.versus, corpus)
-    has_thoughts = other.concepts is not None           # a GPT has none
-    asked = plain(cfg, distill="align", align=cfg.text, distill_lr=cfg.align_lr,
-                  distill_steps=cfg.align_steps, teacher=f"ckpt:{place(cfg, cfg.versus)}",
-                  teacher_width=other.concepts.size(1) if has_thoughts else 0)
-    if part == "thoughts":
-        asked = dataclasses.replace(asked, align="thought", distill_lr=cfg.distill_lr)
+    has_thoughts = other.concepts is not None
+    how = dict(align="thought")
+    if part == "text":
+        how = dict(align=cfg.text, distill_lr=cfg.align_lr)
+    asked = plain(cfg, distill="align", distill_steps=cfg.align_steps,
+                  teacher=f"ckpt:{folder_of(cfg, cfg.versus)}",
+                  teacher_width=other.concepts.size(1) if has_thoughts else 0, **how)
     saved = train.load_checkpoint(cfg.out)
     fresh = "W.", "decoder.", "answer_"
     model = train.build(asked, corpus.tokenizer, saved["model"], fresh).to(other.device)
@@ -194,21 +186,22 @@ def likeness(mine, other):
     # Whole rows are too few for a map: pieces of 8 tokens.
     pieces = rows.unfold(1, 8, 8).flatten(0, 1)                         # (n, 8)
     pieces = pieces[(pieces != text.pad).all(1)].to(mine.device)
-    x, y = features(mine.model, pieces).cpu(), features(other.model, pieces).cpu()
+    x = features(mine.model, pieces).cpu()
+    y = features(other.model, pieces).cpu()
     r2, _ = ridge_probe(*((x[rows], y[rows]) for rows in split(len(x), seed=0)))
     return dict(cka=cka(x, y), knn=knn_overlap(x, y), linear=r2)
 
 def kept(cfg, figures):
     """Exact match in held-out phrasings, as a share of that of the same seed's large T-JEPA."""
-    large = report.newest(train.load_checkpoint(place(cfg, "large T-JEPA"))["rows"])
-    names = {part: f"em_{part}_heldout" for part in ("DEC", "LAT")}
-    return {f"kept_{part}": figures[name] / large[name]
-            for part, name in names.items() if name in figures and large[name]}
+    large = report.newest(train.load_checkpoint(folder_of(cfg, "large T-JEPA"))["rows"])
+    names = dict(kept_DEC="em_DEC_heldout", kept_LAT="em_LAT_heldout")
+    return {share: figures[name] / large[name] for share, name in names.items()
+            if name in figures and large[name]}
 
 def numbered(keys):
     """A class number for each key of a list, (n,)."""
-    number = {key: i for i, key in enumerate(sorted(set(keys)))}
-    return torch.tensor([number[key] for key in keys])
+    names = sorted(set(keys))
+    return torch.tensor([names.index(key) for key in keys])
 
 def probes(run):
     """Accuracies of two probes of frozen latents of questions, in held-out phrasings.
@@ -225,9 +218,10 @@ def probes(run):
     held_out = torch.tensor([row.phrasing == "heldout" for row in rows])
 
     known = (~held_out).nonzero()[:, 0]
-    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
-    few = known[:len(known) // 4]                       # a thousand are enough
-    dev = known[len(known) // 4:len(known) * 3 // 8]
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    known = known[order]
+    # a quarter, about a thousand, is enough
+    few, dev, _ = known.tensor_split((len(known) // 4, len(known) * 3 // 8))
     parts = ((x[which], relation_of[which]) for which in (few, dev, held_out))
     relation, _ = logistic_probe(*parts)
 
@@ -241,10 +235,11 @@ def measure(cfg):
     """Train an arm; judge its latents, its decoder and its cost, in PFLOP before phase 3."""
     corpus = data.load(cfg)
     corpus = corpus._replace(qa=corpus.qa[::cfg.every], cloze=corpus.cloze[::cfg.every])
-    route, figures, flops = cfg.route.split(), {}, 0
-    if route[0] == "text":              # begins with random weights
+    figures, flops = {}, 0
+    if cfg.route.startswith("text"):    # begins with random weights
         train_arm(cfg, corpus, phase="pretrain", pretrain_steps=0)
-    for part in route:
+        flops = float((folder_of(cfg, cfg.versus) / COST).read_text())
+    for part in cfg.route.split():
         found, cost = learn(cfg, part, corpus)
         figures |= found
         flops += cost
@@ -252,8 +247,6 @@ def measure(cfg):
     figures |= probes(run)
     if cfg.size != "large":             # the large ones may still be trained beside this one
         figures |= likeness(run, open_other(cfg, "large T-JEPA", corpus)) | kept(cfg, figures)
-    if "text" in route:
-        flops += float((place(cfg, cfg.versus) / COST).read_text())
     (Path(cfg.out) / COST).write_text(str(flops))
     return figures | dict(pflop=flops / 1e15)
 

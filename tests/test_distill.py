@@ -354,7 +354,7 @@ def test_a_student_imitates_and_speaks_and_pays_for_its_teacher(stage):
     saved = train.load_checkpoint(cfg.out)
     assert saved["phase"] == "speak"
     # the student has its teacher's concepts, and so its width of thoughts
-    taught = train.load_checkpoint(lab.place(cfg, "large T-JEPA"))
+    taught = train.load_checkpoint(lab.folder_of(cfg, "large T-JEPA"))
     torch.testing.assert_close(saved["concepts"], taught["concepts"], atol=1e-4, rtol=1e-4)
     assert saved["config"]["teacher_width"] == FLAGS["n_embd"]
 
