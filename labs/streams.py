@@ -41,13 +41,12 @@ def watch(speaker, rate, n):
     """`Watched` of n streams whose scene changes before a frame with probability rate."""
     random_, rng = speaker.draws(f"streams {rate}")
     scenes = [world.stream(random_, T, rate) for _ in range(n)]
-    pictures, thoughts, said = [], [], []
-    for frames in scenes:
-        batch = eyes.captions(speaker.words, frames, rng, [0], world.steady_look(T, rng), random_)
-        # a decoder norms what it reads; so do distances between thoughts
-        thoughts.append(tjepa.norm(speaker.think(batch)).flatten(1))
-        pictures.append(batch.pictures)
-        said.append(captions_of(speaker.run, thoughts[-1]))
+    batches = [eyes.captions(speaker.words, frames, rng, [0], world.steady_look(T, rng), random_)
+               for frames in scenes]
+    # a decoder norms what it reads; so do distances between thoughts
+    thoughts = [tjepa.norm(speaker.think(batch)).flatten(1) for batch in batches]
+    pictures = [batch.pictures for batch in batches]
+    said = [captions_of(speaker.run, some) for some in thoughts]
     truth = [[tuple(world.caption(scene)) for scene in frames] for frames in scenes]
     return Watched(torch.stack(pictures), torch.stack(thoughts), said, truth)
 
@@ -66,16 +65,15 @@ def oracle(random_, truth, k):
     changes = [t for t in range(1, T) if truth[t] != truth[t - 1]]
     return [0, *sorted(random_.sample(changes, min(k - 1, len(changes))))]
 
-def by_variance(frames, threshold, window=WINDOW):
+def by_variance(frames, threshold):
     """Moments at which the variance of the newest frames passes a threshold: frames (T, D).
 
     The window starts anew with each moment, so that one change is decoded once.
     """
     moments = [0]
     for t in range(1, len(frames)):
-        begin = max(moments[-1], t + 1 - window)
-        variance = frames[begin:t + 1].var(0, correction=0).mean().item()
-        if variance > threshold:
+        newest = frames[max(moments[-1], t + 1 - WINDOW):t + 1]
+        if newest.var(0, correction=0).mean().item() > threshold:
             moments.append(t)
     return moments
 
@@ -85,17 +83,19 @@ def by_clustering(frames, most):
     The neighbours whose union costs least are joined, until it costs more than `most`: the growth
     of the sum of squared distances from the means.
     """
-    means, sizes, begins = list(frames), [1] * len(frames), list(range(len(frames)))
+    means = list(frames)
+    sizes = [1] * len(frames)
+    begins = list(range(len(frames)))
 
     def cost(i):
-        """Of joining segment i and the next one."""
         weight = sizes[i] * sizes[i + 1] / (sizes[i] + sizes[i + 1])
         return weight * (means[i] - means[i + 1]).square().mean().item()
     costs = [cost(i) for i in range(len(means) - 1)]
     while costs and min(costs) <= most:
         i = costs.index(min(costs))
         size = sizes[i] + sizes[i + 1]
-        means[i:i + 2] = [(sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / size]
+        union = (sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / size
+        means[i:i + 2] = [union]
         sizes[i:i + 2] = [size]
         del begins[i + 1], costs[i]
         for j in range(max(0, i - 1), min(i + 1, len(costs))):
