@@ -56,23 +56,21 @@ def trust(questions, said, scores):
     """Are invented subjects (NEVER) told apart from DEC? scores: name -> (n,), higher is surer.
 
     hallucinated    share of NEVER that gets an answer other than "I don't know"
-    silent_DEC      share of DEC that gets "I don't know"
     auroc_NAME      of DEC against NEVER, by a score; "I don't know" counts as least sure
     """
     rows = questions.where("DEC", "NEVER").cpu()                                # (m,)
     known = torch.tensor([questions.rows[i].split == "DEC" for i in rows])
     silent_row = torch.tensor([said[i] == IDK for i in rows])
-    figures = dict(hallucinated=(~silent_row)[~known].float().mean().item(),
-                   silent_DEC=silent_row[known].float().mean().item())
+    figures = dict(hallucinated=(~silent_row)[~known].float().mean().item())
     for name, score in scores.items():
         score = score.detach().cpu().double()[rows]
         score = torch.where(silent_row, score.min() - 1, score)
         figures[f"auroc_{name}"] = measures.auroc(score, known)
     return figures
 
-def token_scores(logp):
-    """Confidence by log-probabilities (n, A): of all tokens, and of the least likely one."""
-    return dict(token=logp.nanmean(1), least=logp.nan_to_num(0).amin(1))
+def least_likely(logp):
+    """Confidence by log-probabilities (n, A), NaN at padding: that of the least likely token."""
+    return logp.nan_to_num(0).amin(1)
 
 # -- does speech depend on the thought, and can it be traced and edited? ---------------------------
 
@@ -100,8 +98,8 @@ def replaced(run, questions):
     figures = {}
     for name, thoughts in memories.items():
         right = controls.matches(questions, evaluate.say(run, thoughts))
-        for key, value in evaluate.by_split(questions, "em", right).items():
-            figures[f"{key}_memory_{name}"] = value
+        found = evaluate.by_split(questions, "em", right)
+        figures |= {f"{key}_memory_{name}": value for key, value in found.items()}
     return figures
 
 def tracing(questions, said, nearest):

@@ -28,7 +28,7 @@ import train
 from labs import controls, grounding, measures
 from labs.arms import main
 from labs.facts import begin, keep, page_tables, relabel, run_lab
-from labs.grounding import IDK, answers_of, silent, think, token_scores, trust
+from labs.grounding import IDK, answers_of, least_likely, silent, think, trust
 from labs.runs import Arm, fit, open_run, plain, train_arm
 from labs.tables import publish
 
@@ -62,13 +62,9 @@ def pick_questions(corpus, cfg):
     invented = [row.subject for row in corpus.qa
                 if row.split == "NEVER" and row.phrasing in ("trained", "heldout")]
     aside = set(list(dict.fromkeys(invented))[::2])
-    rows = []
-    for row in corpus.qa:
-        if row.split != "NEVER" or row.subject not in aside:
-            rows.append(row)
-        elif cfg.idk:
-            rows.append(row._replace(split="IDK"))
-    return rows[::cfg.every]
+    rows = [row._replace(split="IDK") if row.split == "NEVER" and row.subject in aside else row
+            for row in corpus.qa]
+    return [row for row in rows if cfg.idk or row.split != "IDK"][::cfg.every]
 
 def lessons_of(questions):
     """The same questions, where IDK rows are taught like DEC rows."""
@@ -173,19 +169,19 @@ def conflict(speech, batches=4):
 
     grad_cos, grad_cos_random       L_token with L_latent, with an L_latent towards random goals
     grad_cos_thought_encoder        L_token with the loss of phase 2, on encoder and predictor
-    grad_halves_NAME                one loss on two half batches: what noise leaves of a cosine of 1
+    grad_halves_token               L_token on two half batches: what noise leaves of a cosine of 1
     """
-    compared = (("", dict(cos="latent", cos_random="random"), ("token", "latent")),
-                ("_encoder", dict(cos_thought="thought"), ("token", "thought")))
+    others = dict(cos="latent", cos_random="random"), dict(cos_thought="thought")
     cosines = {}
     for seed in range(10 ** 8, 10 ** 8 + 2 * batches, 2):
         halves = zip(gradients(speech, seed), gradients(speech, seed + 1))
-        for (part, others, halved), layers in zip(compared, halves):
+        for part, names, layers in zip(("", "_encoder"), others, halves):
             for a, b in zip(*layers):                   # a layer's gradients on both halves
-                whole = {name: a[name] + b[name] for name in a}
-                pairs = {title: (whole["token"], whole[name])
-                         for title, name in others.items() if name in a}
-                pairs |= {f"halves_{name}": (a[name], b[name]) for name in halved if name in a}
+                pairs = dict(halves_token=(a["token"], b["token"]))
+                token = a["token"] + b["token"]
+                for title, name in names.items():
+                    if name in a:
+                        pairs[title] = token, a[name] + b[name]
                 for title, vectors in pairs.items():
                     cosine = F.cosine_similarity(*vectors, dim=0).item()
                     cosines.setdefault(f"grad_{title}{part}", []).append(cosine)
@@ -210,7 +206,8 @@ def judge(run):
     figures |= grounding.editing(run, held_out, thoughts, nearest)
     if IDK in held_out.answers:         # to be near to it is no sign of knowing
         distance[:, held_out.answers.index(IDK)] = torch.inf
-    return figures | trust(held_out, said, token_scores(logp) | dict(latent=-distance.amin(1)))
+    return figures | trust(
+        held_out, said, dict(least=least_likely(logp), latent=-distance.amin(1)))
 
 def phases_1_and_2(cfg):
     """What the other arms start from."""
@@ -222,40 +219,38 @@ def phases_1_and_2(cfg):
 def speaker(cfg):
     """A T-JEPA that learns to speak as the arm has it."""
     run = start(cfg)
-    model = run.model
+    model, held_out = run.model, run.questions.only("heldout")
     if cfg.encoder in ("tuned", "joint"):
         model.trained_in = lambda phase: [model.context_encoder, model.predictor, model.decoder]
     elif cfg.phase == "distill":        # "I don't know" is taught in phase 2 too
         taught = run._replace(questions=lessons_of(run.questions))
         fit(run, "distill", train.distill(taught)[0])
     speech = Speech(run)
-    held_out = run.questions.only("heldout")
     points, curve = [], []
 
     def watch(whole):
-        """Gradients and exact match, every 100 steps."""
         points.append(conflict(speech))
         curve.append(evaluate.exact_match(run, held_out, think(run, held_out)))
         return {}
     fit(run, "distill" if cfg.encoder == "joint" else "speak", speech.loss_at, watch)
-    early = curve[min(2, len(curve) - 1)]
-    weights = sum(p.numel() for name, p in model.named_parameters() if "target" not in name)
     means = {name: sum(point[name] for point in points) / len(points) for name in points[0]}
-    figures = judge(run) | means | dict(million=weights / 1e6)
-    return figures | {f"early_{name}": value for name, value in early.items()}
+    early = {f"early_{name}": value for name, value in curve[:3][-1].items()}   # after 200 steps
+    weights = sum(p.numel() for name, p in model.named_parameters() if "target" not in name)
+    return judge(run) | means | early | dict(million=weights / 1e6)
 
 def gpt(cfg):
     """A GPT as deep as encoder and decoder together, which learns DEC questions as tokens."""
     deep = plain(cfg, n_layer=cfg.n_layer + cfg.dec_layer)
     run = controls.read_gpt(deep, corpus_of(cfg))
-    taught = lessons_of(run.questions).where("DEC", phrasing="trained")
+    questions, held_out = run.questions, run.questions.only("heldout")
+    taught = lessons_of(questions).where("DEC", phrasing="trained")
     controls.teach_gpt(run, taught, cfg.speak_lr)
-    said, _ = controls.gpt_says(run, run.questions)
-    em = evaluate.by_split(run.questions, "em", controls.matches(run.questions, said))
-    held_out = run.questions.only("heldout")
+    said, _ = controls.gpt_says(run, questions)
+    em = evaluate.by_split(questions, "em", controls.matches(questions, said))
     said, logp = controls.gpt_says(run, held_out)
     weights = sum(p.numel() for p in run.model.parameters())
-    return em | trust(held_out, said, token_scores(logp)) | dict(million=weights / 1e6)
+    found = trust(held_out, said, dict(least=least_likely(logp)))
+    return em | found | dict(million=weights / 1e6)
 
 def lookup(cfg):
     """No decoder: the answer of the nearest DEC question that was taught; distance is the score."""

@@ -169,8 +169,7 @@ def test_conflict_of_a_loss_with_itself_and_with_its_opposite(toy, sign, monkeyp
     monkeypatch.setattr(lab, "gradients", opposed)
     figures = lab.conflict(lab.Speech(run), batches=2)
     assert figures["grad_cos"] == pytest.approx(sign, abs=1e-4)
-    halves = figures["grad_halves_token"]
-    assert halves == pytest.approx(figures["grad_halves_latent"], abs=1e-3) and halves < 1
+    assert figures["grad_halves_token"] < 1
 
 
 # -- what is said ----------------------------------------------------------------------------------
@@ -192,8 +191,7 @@ def test_log_probabilities_are_those_of_the_loss_and_of_greedy_speech(spoken):
     assert said == evaluate.say(run, thoughts)
     right = controls.matches(questions, said)
     torch.testing.assert_close(logp[right].nansum(1), found[right].nansum(1))
-    scores = grounding.token_scores(logp)
-    assert (scores["least"] <= scores["token"] + 1e-6).all()
+    assert (grounding.least_likely(logp) <= logp.nanmean(1) + 1e-6).all()
 
 
 def test_edits_are_followed_and_random_ones_are_not(spoken):
@@ -245,7 +243,7 @@ def test_trust_of_a_score_that_knows_and_of_one_that_does_not():
     knows = torch.tensor([1.0] * 20 + [0.0] * 20)
     scores = dict(knows=knows, constant=torch.zeros(40))
     found = grounding.trust(invented(), ["x"] * 40, scores)
-    assert found["hallucinated"] == 1 and found["silent_DEC"] == 0
+    assert found["hallucinated"] == 1
     assert found["auroc_knows"] == 1 and found["auroc_constant"] == 0.5
 
 
@@ -254,7 +252,7 @@ def test_an_answer_i_dont_know_is_least_sure_and_invents_nothing():
     found = grounding.trust(invented(), ["x"] * 20 + [lab.IDK] * 20, dict(token=opposite))
     assert found["hallucinated"] == 0 and found["auroc_token"] == 1
     found = grounding.trust(invented(), [lab.IDK] * 40, dict(token=torch.zeros(40)))
-    assert found["silent_DEC"] == 1 and found["auroc_token"] == 0.5
+    assert found["auroc_token"] == 0.5
 
 
 # -- the GPT ---------------------------------------------------------------------------------------
