@@ -195,8 +195,10 @@ def alike(guess, target, regexes):
     number = torch.tensor([regexes.index(regex) for regex in regexes], device=cosine.device)
     same = number[:, None] == number                                    # (n, n)
     r1 = same.gather(1, cosine.argmax(1, keepdim=True)).float().mean()
-    return dict(paired=cosine.diagonal().mean().item(), unpaired=cosine[~same].mean().item(),
-                r1=r1.item(), r1_chance=same.float().mean().item())
+    return dict(paired=cosine.diagonal().mean().item(),
+                unpaired=cosine[~same].mean().item(),
+                r1=r1.item(),
+                r1_chance=same.float().mean().item())
 
 @torch.no_grad()
 def write(run, tokenizer, descriptions):
