@@ -176,16 +176,17 @@ def test_greedy_with_cache_writes_what_it_writes_without():
             while tokens.size(1) < start + 12 and tokens[0, -1] != model.cfg.eos:
                 best = model.say(model.states(tokens))[0, -1].argmax()
                 tokens = torch.cat((tokens, best.view(1, 1)), dim=1)
-            assert real(model.write(row)[0], model).tolist() == tokens[0, start:].tolist()
+            alone = tokens[0, start:].tolist()
+            assert model.generate(tokens[:, :start], 12)[0, :len(alone)].tolist() == alone
 
 
 def test_nothing_is_written_after_eos(monkeypatch):
     model = model_of(answer_size=4)
-    eos, pad = model.cfg.eos, model.cfg.pad
+    eos = model.cfg.eos
     ids = torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8], [eos] * 4])
     monkeypatch.setattr(model, "generate", lambda prompt, n: ids)
-    written = model.write(torch.tensor([[1]] * 3)).tolist()
-    assert written == [[5, eos, pad, pad], [5, 6, 7, 8], [eos, pad, pad, pad]]
+    run = lab.train.Run(model.cfg, model, None, "cpu", None)
+    assert lab.write(run, TOKENIZER, ["a"] * 3) == ["\5", "\5\6\7\b", ""]
 
 
 def test_padding_in_between_moves_to_the_right():
