@@ -11,10 +11,9 @@ below. A root, L levels up, becomes a sentence of 2^L tokens:
     level 1             b       c           rules of a: (b c), (c d), ...
     level 0 (tokens)    e   f   g   e       rules of b: (e f), (g h), ...
 
-No pair has two rules, so a sentence has one parse. The pairs of a symbol are synonyms: only their
-context shows it. Theory (Korchinski, Favero, Wyart 2026), for v symbols a level: to find level l,
-predicting tokens needs about v m^(l+2) sentences, predicting latents about v m^3 at any level. The
-root has no context, so level L-1 is the highest that is judged.
+No pair has two rules, so a sentence has one parse. Theory (Korchinski, Favero, Wyart 2026), for v
+symbols a level: to find level l, predicting tokens needs about v m^(l+2) sentences, predicting
+latents about v m^3. The root has no context: level L-1 is the highest that is judged.
 
 Expected before the first run: P*, the number of sentences needed, grows m-fold a level for the
 masked LM, and stays the same for latent prediction.

@@ -1,7 +1,6 @@
 """
 Selective decoding [VL-JEPA]: thoughts are cheap, words are not. When is decoding needed?
 
-Scenes change at random times; so does the light, and objects tremble, which no caption tells.
 Decodes are uniform, random or at the changes (oracle), where a windowed variance of thoughts or of
 pixels passes a threshold, or one for each segment of a clustering, which looks at the whole stream
 and decodes mean thoughts. Between two decodes the last caption stays.

@@ -4,11 +4,10 @@ Teachers of phase 2: answer latents from elsewhere, each as the .npz that --teac
     python -m labs.teachers --teacher=gpt --run=out/tjepa --out=gpt.npz
     python train.py --phase=distill --teacher=gpt.npz --out=out/tjepa       and then --phase=speak
 
-gpt      A GPT as large as the encoder, trained on the same rows of text as phase 1 of the run. The
-         latent of an answer is the mean of its last hidden states (v1.1 section 3.3).
-letters  Spelling: counts of groups of three letters, projected to 300 numbers. It knows nothing
-         of the text, has another width, and another notion of which answers are similar.
-random   Random numbers, always the same for an answer: a code without meaning, the control.
+gpt      a GPT as large as the encoder reads the same rows of text as phase 1 of the run; the mean
+         of the answer's last hidden states (v1.1 section 3.3)
+letters  counts of groups of three letters: spelling, with another notion of what is similar
+random   random numbers, always the same for an answer: the control
 """
 import dataclasses
 import tempfile
@@ -40,7 +39,7 @@ def own_vectors(run, answers):
     return features(run.model, tokens.to(run.device)).cpu().numpy()
 
 def letters(answers, width=300):
-    """Spelling: groups of three letters, counted, hashed, projected at random; length 1: (A, D)."""
+    """Groups of three letters, counted, hashed, projected at random; length 1: (A, D)."""
     counts = np.zeros((len(answers), 4096))
     for row, answer in zip(counts, answers):
         text = f"  {answer.lower()}  "
@@ -73,8 +72,8 @@ def teachers(flags):
         raise ValueError(
             f"--run={flags.run} has no questions: run `python train.py --phase=distill --qa=FILE "
             f"--out={flags.run}` once, so that it knows its answers")
-    make = dict(gpt=partial(gpt, cfg, corpus), letters=letters, random=random)[flags.teacher]
-    vectors = make(answers)
+    kinds = dict(gpt=partial(gpt, cfg, corpus), letters=letters, random=random)
+    vectors = kinds[flags.teacher](answers)
     save(flags.out, answers, vectors)
     print(f"{flags.out}: {len(vectors)} answers, {vectors.shape[1]} numbers each; next: "
           f"python train.py --phase=distill --teacher={flags.out} --out={flags.run}")
