@@ -25,13 +25,12 @@ from labs import movie
 from labs.arms import Flags as LabFlags
 from labs.arms import main as command_line
 from labs.diagram import diagram
+from labs.plots import BLUE, GREEN, ORANGE, PURPLE, RED, bars
 from labs.records import REPOSITORY, results
-from labs.tables import cell, markdown, over_seeds
+from labs.tables import PAGES, cell, markdown, origin, over_seeds, write_block
 
 ASSETS = REPOSITORY / "assets"
 README = REPOSITORY / "README.md"
-# a palette that colour-blind readers can tell apart (Okabe and Ito)
-BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00"
 
 @dataclasses.dataclass
 class Flags:
@@ -43,15 +42,6 @@ class Flags:
     transcript: str = ""        # a file with the output of train.py
     samples: str = ""           # the folder of a run, to be asked
     out: str = "out/figures"    # what --movie recorded; remove the folder to train again
-
-def write_block(name, body, path=README):
-    """Put a text between <!-- name --> and <!-- /name --> in README.md or another page."""
-    block = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-    text = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
-    page, n = block.subn(lambda _: text, path.read_text(encoding="utf-8"))
-    if n != 1:
-        raise ValueError(f"{path} must have <!-- {name} --> and <!-- /{name} --> once")
-    path.write_text(page, encoding="utf-8")
 
 # -- the result: exact match of five systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
@@ -75,22 +65,18 @@ def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
     figure = Canvas((9, 4), layout="constrained")
     axis = figure.subplots()
-    width = 0.17
-    for number, (arm, (name, colour)) in enumerate(SYSTEMS.items()):
-        found = [over_seeds(rows, arm, figure_name) for figure_name in COLUMNS.values()]
-        places = [group + (number - 2) * width for group in range(len(COLUMNS))]
-        means = [one.mean for one in found]
-        axis.bar(places, means, width * 0.9, color=colour, label=name)
-        deviations = [one.deviation or 0 for one in found]      # None: of one seed
-        axis.errorbar(places, means, yerr=deviations, fmt="none", ecolor="0.15", capsize=3, lw=1.2)
-        for place, one, deviation in zip(places, found, deviations):
-            top = one.mean + deviation + 0.02
-            axis.text(place, top, f"{one.mean:.2f}".removeprefix("0"), ha="center", fontsize=8)
-    for group, figure_name in enumerate(COLUMNS.values()):
-        floor = over_seeds(rows, FLOOR, figure_name).mean
-        label = "the relation's commonest DEC answer" if group == 0 else None
+    bars(axis, rows, COLUMNS.values(), SYSTEMS, 0.17, 0.153, capsize=3, ecolor="0.15",
+         error_kw=dict(lw=1.2))
+    for number, arm in enumerate(SYSTEMS):
+        for group, name in enumerate(COLUMNS.values()):
+            found = over_seeds(rows, arm, name)
+            top = found.mean + (found.deviation or 0) + 0.02
+            axis.text(group + (number - 2) * 0.17, top, f"{found.mean:.2f}".removeprefix("0"),
+                      ha="center", fontsize=8)
+    for group, name in enumerate(COLUMNS.values()):
+        floor = over_seeds(rows, FLOOR, name).mean
         axis.plot([group - 0.42, group + 0.42], [floor, floor], color="0.2", ls="--", lw=1,
-                  label=label)
+                  label="the relation's commonest DEC answer" if group == 0 else None)
     axis.set_xticks(range(len(COLUMNS)), ["DEC: taught with words", "LAT: taught as latents only",
                                           "TXT: only read"])
     axis.set(ylim=(0, 1.12), ylabel="exact match, share of questions")
@@ -103,13 +89,10 @@ def write_table(rows):
     lines = [["system, 3 seeds", *COLUMNS]]
     for arm, (name, _) in SYSTEMS.items():
         lines.append([name, *(cell(over_seeds(rows, arm, column)) for column in COLUMNS.values())])
-    used = [row for row in rows if row["arm"] in SYSTEMS]
-    commits = sorted({name for row in used for name in row["commit"].split()})
-    devices = sorted({name for row in used for name in row["device"].split(", ")})
     source = (f"<sub>Written by `python -m labs.figures --table` from "
-              f"[facts.csv](labs/results/facts.csv); measured at {', '.join(commits)} on "
-              f"{' and '.join(devices)}.</sub>")
-    write_block("results", f"{markdown(lines)}\n\n{source}")
+              f"[facts.csv](labs/results/facts.csv); measured at "
+              f"{origin([row for row in rows if row['arm'] in SYSTEMS])}.</sub>")
+    write_block(README, "results", f"{markdown(lines)}\n\n{source}")
 
     lines = [["the question is typed", "DEC", "LAT", "DEC, by the GPT"]]
     for wording, phrasing in WORDINGS.items():
@@ -120,8 +103,7 @@ def write_table(rows):
                for name in ("abstain", "abstain_typing", "abstain_nonsense")]
     note = (f"Invented subjects answered with \"I don't know\": {refused[0]}; in small letters, "
             f"without a mark or with a typo: {refused[1]}; 60 lines of nonsense: {refused[2]}.")
-    page = REPOSITORY / "labs" / "pages" / "facts.md"
-    write_block("typed", f"{markdown(lines)}\n\n{note}", page)
+    write_block(PAGES / "facts.md", "typed", f"{markdown(lines)}\n\n{note}")
 
 # -- transcripts and thumbnails --------------------------------------------------------------------
 ASKED = ("--prompt=\"Who wrote the book 'Sapiens'?\"",
@@ -135,7 +117,7 @@ def write_transcript(path):
     lines = re.split(r"[\r\n]+", Path(path).read_text(encoding="utf-8").strip())
     first = next(i for i, line in enumerate(lines) if line.startswith("pretrain: R2"))
     text = "\n".join(lines[first:-1])
-    write_block("transcript", f"```\n{text}\n```")
+    write_block(README, "transcript", f"```\n{text}\n```")
 
 def write_samples(folder):
     """What sample.py answers; its first line, which names the device, is left out."""
@@ -145,7 +127,7 @@ def write_samples(folder):
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         said = done.stdout.split("\n", 1)[1].rstrip()
         parts.append(f"$ python sample.py {asked}\n{said}")
-    write_block("samples", "```\n" + "\n\n".join(parts) + "\n```")
+    write_block(README, "samples", "```\n" + "\n\n".join(parts) + "\n```")
 
 def draw_thumbnails():
     """assets/notebook_N.png: the largest picture among the outputs of each notebook, made small."""

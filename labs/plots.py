@@ -6,20 +6,13 @@
 labs/pages/tables.json says which arms and figures the tables show. Error bars are one standard
 deviation over seeds; a hollow marker has fewer than three. At most five arms have a colour.
 """
-import json
-import re
 import sys
-from types import SimpleNamespace
 
 from matplotlib.figure import Figure as Canvas
 
-from labs.records import REPOSITORY, results
-from labs.tables import figure_of, over_seeds, table
-
-PAGES = REPOSITORY / "labs" / "pages"
-FLAGS = SimpleNamespace(fast=False, results="labs/results")
-# lab -> title of a table -> arms, in order, and columns: title -> figure of the CSV
-TABLES = json.loads((PAGES / "tables.json").read_text(encoding="utf-8"))
+from labs.arms import Flags
+from labs.records import results
+from labs.tables import PAGES, TABLES, figure_of, origin, over_seeds, page_tables, write_block
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito)
 BLUE = "#0072B2"        # train.py's default
@@ -31,7 +24,7 @@ GREY = "0.65"
 
 def rows_of(lab):
     """The rows of a lab. For pretraining: budgets and worlds joined."""
-    rows = results(lab, FLAGS)
+    rows = results(lab, Flags())
     if lab != "pretraining":
         return rows
     joined = {}
@@ -50,22 +43,6 @@ def arms_of(lab, number):
     """The arms of a table of a page."""
     return list(TABLES[lab].values())[number]["arms"]
 
-def write_tables(lab, rows):
-    """Write the tables of a page between its markers. ValueError if it has none."""
-    text = "\n\n".join(f"{title}:\n\n{table(rows, part['arms'], part['columns'])}"
-                       for title, part in TABLES[lab].items())
-    commits = sorted({name for row in rows for name in row["commit"].split()})
-    devices = sorted({name for row in rows for name in row["device"].split(", ")})
-    source = (f"Written by `python -m labs.plots {lab}`, measured at commit "
-              f"{', '.join(commits)} on {', '.join(devices)}.")
-    body = f"<!-- {lab} -->\n{source}\n\n{text}\n<!-- /{lab} -->"
-    page = PAGES / f"{lab}.md"
-    block = re.compile(f"<!-- {lab} -->.*?<!-- /{lab} -->", re.DOTALL)
-    new, n = block.subn(lambda _: body, page.read_text(encoding="utf-8"))
-    if not n:
-        raise ValueError(f"{page}: add the lines <!-- {lab} --> and <!-- /{lab} -->")
-    page.write_text(new, encoding="utf-8")
-
 # -- the plots -------------------------------------------------------------------------------------
 
 def dots(axis, rows, arms, name, colours):
@@ -81,13 +58,31 @@ def dots(axis, rows, arms, name, colours):
         text.set_color(colours.get(arm, "0.35"))
     axis.grid(axis="x", color="0.9")
 
-def curve(axis, points, label, colour=None):
-    """A curve with error bars. points: x -> Figure. Without a colour it is grey, with no label."""
-    points = {x: found for x, found in points.items() if found}
-    means = [found.mean for found in points.values()]
-    spread = [found.deviation or 0 for found in points.values()]
-    axis.errorbar(list(points), means, yerr=spread if any(spread) else None, marker="o", capsize=2,
-                  color=colour or GREY, label=label if colour else None, zorder=2 if colour else 1)
+def curve(axis, rows, points, label, colour, **style):
+    """A curve with error bars through the figures that were measured; points: x -> (arm, figure).
+
+    Without a colour it is grey and has no label.
+    """
+    found = {x: over_seeds(rows, *point) for x, point in points.items()}
+    found = {x: one for x, one in found.items() if one}
+    spread = [one.deviation or 0 for one in found.values()]
+    axis.errorbar(list(found), [one.mean for one in found.values()],
+                  yerr=spread if any(spread) else None, marker="o", capsize=2,
+                  color=colour or GREY, label=label if colour else None,
+                  zorder=2 if colour else 1, **style)
+
+def bars(axis, rows, names, arms, step, width, capsize=2, **style):
+    """Groups of bars with error bars, a group for each of names, in it the arms that have it.
+
+    arms: arm -> (label, colour). The bars of a group are `step` apart.
+    """
+    for number, (arm, (label, colour)) in enumerate(arms.items()):
+        left = (number - (len(arms) - 1) / 2) * step
+        found = {group + left: over_seeds(rows, arm, name) for group, name in enumerate(names)}
+        found = {place: one for place, one in found.items() if one}
+        axis.bar(list(found), [one.mean for one in found.values()], width, color=colour,
+                 label=label, yerr=[one.deviation or 0 for one in found.values()],
+                 capsize=capsize, **style)
 
 def log_axis(axis, ticks):
     """A logarithmic x axis with these ticks."""
@@ -111,8 +106,8 @@ def pretraining(probes, cloze, rows):
                "random-init": ORANGE}
     for axis, name in ((probes, "facts"), (cloze, "cloze")):
         for arm in arms_of("pretraining", 0):
-            points = {x: over_seeds(rows, arm, f"{name} {x}M") for x in (2.5, 7)}
-            curve(axis, points, arm, colours.get(arm))
+            points = {x: (arm, f"{name} {x}M") for x in (2.5, 7)}
+            curve(axis, rows, points, arm, colours.get(arm))
         axis.set(xlabel="tokens read, millions", xticks=[2.5, 7], ylim=(0, 1))
     probes.set(title="facts: mean of three probes", ylabel="accuracy, share of items")
     cloze.set(title="facts: cloze", ylabel="share of statements")
@@ -121,18 +116,21 @@ def hierarchy(one, all_levels, rows):
     """A level of a grammar against the sentences read; all levels of a deeper one."""
     colours = {"masked LM": GREEN, "latent": RED, "latent sigreg 0.1": PURPLE,
                "latent + masked LM": BLUE, "random-init encoder": ORANGE}
-    for arm in ("masked LM", "latent", "latent without predictor", "random-init encoder"):
-        points = {}
-        for n in (128, 512, 2048, 8192):
-            name = f"{arm} L3" if arm.startswith("random") else f"{arm} L3 P{n}"
-            seeds = over_seeds(rows, name, "level_2_by_seed").mean.split(",")
-            points[n] = figure_of([float(value) for value in seeds])
-        curve(one, points, arm, colours.get(arm))
-        log_axis(one, list(points))
+    for row in rows:                    # "0.41, 0.36, 0.34": a value for each seed
+        if "level_2_by_seed" in row:
+            seeds = row["level_2_by_seed"].mean.split(",")
+            row["level_2"] = figure_of([float(value) for value in seeds])
+    sizes = 128, 512, 2048, 8192
+    for arm in ("masked LM", "latent", "latent without predictor"):
+        points = {n: (f"{arm} L3 P{n}", "level_2") for n in sizes}
+        curve(one, rows, points, arm, colours.get(arm))
+    random = dict.fromkeys(sizes, ("random-init encoder L3", "level_2"))
+    curve(one, rows, random, "random-init encoder", ORANGE)
+    log_axis(one, sizes)
     for arm in arms_of("hierarchy", 1):
         name = arm.split(" L4")[0]
-        points = {n: over_seeds(rows, arm, f"level_{n}") for n in (1, 2, 3)}
-        curve(all_levels, points, name, colours.get(name))
+        points = {n: (arm, f"level_{n}") for n in (1, 2, 3)}
+        curve(all_levels, rows, points, name, colours.get(name))
     one.set(title="grammar of depth 3, level 2", xlabel="sentences read", ylim=(0, 1),
             ylabel="accuracy of the probe, share of symbols")
     all_levels.set(title="grammar of depth 4, 8,192 sentences", xlabel="level above the tokens",
@@ -144,26 +142,22 @@ def facts(taught, read, rows):
     arms = [*arms_of("facts", 0), *arms_of("facts", 3), *(f"former: {name}" for name in former)]
     colours = {"default": BLUE, "recipe=latent": RED, "masked LM": GREEN, "GPT": PURPLE,
                "default from random-init encoder": ORANGE}
-    dots(taught, rows, arms, "em_LAT_heldout", colours)
-    dots(read, rows, arms, "em_TXT_heldout", colours)
+    for axis, split in ((taught, "LAT"), (read, "TXT")):
+        dots(axis, rows, arms, f"em_{split}_heldout", colours)
+        axis.set(xlim=(-.03, 1.03), xlabel="exact match, share of questions")
     taught.set(title="LAT: taught in latent space alone")
     read.set(title="TXT: only read", yticklabels=[])
-    for axis in (taught, read):
-        axis.set(xlim=(-.03, 1.03), xlabel="exact match, share of questions")
 
 def speaking(alpha, memory, unknown, rows):
     """The weight of the latent loss, the memory replaced, and invented subjects."""
     arms = {0: "alpha 0 (v2.0)"} | {x: f"alpha {x}" for x in (0.1, 0.25, 0.5, 0.9)}
     for name, colour in (("early_em_LAT_heldout", None), ("em_LAT_heldout", RED)):
-        points = {x: over_seeds(rows, arm, name) for x, arm in arms.items()}
-        curve(alpha, points, None, colour)
+        curve(alpha, rows, {x: (arm, name) for x, arm in arms.items()}, None, colour)
     for arm, label, colour in (("annealed", "the decoder reads the thought", RED),
                                ("memory=tokens", "it reads token latents", BLUE)):
-        points = {kind: over_seeds(rows, arm, f"em_LAT_heldout_memory_{kind}")
+        points = {kind: (arm, f"em_LAT_heldout_memory_{kind}")
                   for kind in ("real", "relation", "shuffled", "random", "zero")}
-        curve(memory, points, label, colour)
-    for marks in memory.lines:
-        marks.set_linestyle("none")
+        curve(memory, rows, points, label, colour, linestyle="none")
     arms = arms_of("speaking", 3)
     gpts = [row for row in rows if row["arm"].startswith("GPT")]
     colours = {"annealed": RED, "GPT at 5e-4": PURPLE}
@@ -182,9 +176,9 @@ def distillation(axis, rows):
                "small from scratch equal compute": ORANGE}
     for row in rows:
         if "em_LAT_heldout" in row:
-            cost = over_seeds(rows, row["arm"], "pflop").mean
-            said = over_seeds(rows, row["arm"], "em_LAT_heldout")
-            curve(axis, {cost: said}, row["arm"], colours.get(row["arm"]))
+            arm = row["arm"]
+            points = {over_seeds(rows, arm, "pflop").mean: (arm, "em_LAT_heldout")}
+            curve(axis, rows, points, arm, colours.get(arm))
     log_axis(axis, (.001, .01, .1))
     axis.set(xlim=(.0008, .1), ylim=(0, 1.05), ylabel="exact match, share of LAT questions",
              xlabel="computation before phase 3, that of the teacher included, PFLOP")
@@ -194,9 +188,9 @@ def llm_jepa(size, settings, rows):
     for tail, label, colour in (("", "lambda 0", BLUE), (" latent", "lambda 1, k 3", RED),
                                 (" twice the steps", "lambda 0, twice the steps", GREEN),
                                 (" table", "look-up table, no model", PURPLE)):
-        points = {n: over_seeds(rows, f"{n}{tail}", "exact") for n in (250, 1000, 8000)}
-        curve(size, points, label, colour)
-        log_axis(size, list(points))
+        points = {n: (f"{n}{tail}", "exact") for n in (250, 1000, 8000)}
+        curve(size, rows, points, label, colour)
+    log_axis(size, (250, 1000, 8000))
     size.set(ylim=(0, 1), xlabel="pairs", ylabel="exact match, share of test pairs")
     dots(settings, rows, arms_of("llm_jepa", 1), "exact", {"1000": BLUE, "1000 latent": RED})
     settings.set(title="1,000 pairs", xlabel="exact match, share of test pairs", xlim=(.5, .73))
@@ -208,19 +202,19 @@ def speed(step, answer, rows):
     for label, name, colour in (("step: default", "phase 1, pretrain", BLUE),
                                 ("step: latents alone", "phase 1, latents alone", RED),
                                 ("step: GPT of our blocks", "GPT of our blocks", GREEN)):
-        arm = f"Training step: {name}, width {{}}, fp32"
-        curve(step, {x: over_seeds(rows, arm.format(x), "ratio") for x in widths}, label, colour)
+        points = {x: (f"Training step: {name}, width {x}, fp32", "ratio") for x in widths}
+        curve(step, rows, points, label, colour)
     for name, colour in (("T-JEPA", ORANGE), ("GPT of equal FLOPs", PURPLE)):
-        arm = f"Question of 11 tokens, answer of {{}}: {name}, width 512, fp32"
-        points = {n: over_seeds(rows, arm.format(n), "ratio") for n in lengths}
-        curve(answer, points, f"answer: {name}", colour)
+        points = {n: (f"Question of 11 tokens, answer of {n}: {name}, width 512, fp32", "ratio")
+                  for n in lengths}
+        curve(answer, rows, points, f"answer: {name}", colour)
     log_axis(step, widths)
     log_axis(answer, lengths)
-    step.set(title="a training step, CPU", xlabel="width", ylabel="time / nanoGPT's step",
-             ylim=(0, 1.5))
+    step.set(title="a training step, CPU", xlabel="width", ylabel="time / nanoGPT's step")
     answer.set(title="an answer, CPU, width 512", xlabel="tokens of the answer",
-               ylabel="time / GPT of equal parameters", ylim=(0, 1.5))
+               ylabel="time / GPT of equal parameters")
     for axis in (step, answer):
+        axis.set_ylim(0, 1.5)
         axis.axhline(1, color="0.3", linestyle="--")
 
 def planning(length, drift, rows):
@@ -228,12 +222,10 @@ def planning(length, drift, rows):
     colours = {"world model": BLUE, "shuffled actions": RED, "GPT": PURPLE,
                "random possible actions": GREEN, "random-init encoder": ORANGE}
     for arm in arms_of("planning", 0):
-        points = {x: over_seeds(rows, arm, f"success_{name}")
-                  for x, name in enumerate(("1_3", "4_6", "7_8"))}
-        curve(length, points, arm, colours.get(arm))
-        points = {k: over_seeds(rows, arm, f"spoken_{k}") for k in (1, 3, 5)}
-        if any(points.values()):
-            curve(drift, points, None, colours.get(arm))
+        colour = colours.get(arm)
+        points = {x: (arm, f"success_{name}") for x, name in enumerate(("1_3", "4_6", "7_8"))}
+        curve(length, rows, points, arm, colour)
+        curve(drift, rows, {k: (arm, f"spoken_{k}") for k in (1, 3, 5)}, None, colour)
     length.set_xticks(range(3), ("1 to 3", "4 to 6", "7 to 8"))
     length.set(xlabel="actions of the shortest plan", ylabel="success, share of tasks",
                ylim=(-.03, 1.03))
@@ -242,17 +234,11 @@ def planning(length, drift, rows):
 
 def teaching(said, cost, rows):
     """What is said after facts were added, and what it costs."""
-    colours = {"teach": BLUE, "no replay": RED, "made_up=0": ORANGE, "teach_steps=100": GREEN}
-    arms = arms_of("teaching", 0)
+    colours = {"teach": BLUE, "teach_steps=100": GREEN, "made_up=0": ORANGE, "no replay": RED}
     for axis, names in ((said, ("said_known", "said_new", "updated")),
                         (cost, ("lost_DEC", "lost_LAT", "newly_answered"))):
-        for number, arm in enumerate(arms):
-            found = [over_seeds(rows, arm, name) for name in names]
-            if all(found):
-                places = [group + (number - 1.5) * .2 for group in range(len(names))]
-                axis.bar(places, [one.mean for one in found], .18, color=colours[arm],
-                         yerr=[one.deviation or 0 for one in found], capsize=2,
-                         label=arm if axis is said else None)
+        arms = {arm: (arm if axis is said else None, colour) for arm, colour in colours.items()}
+        bars(axis, rows, names, arms, .2, .18)
     said.set_xticks(range(3), ("new facts,\nknown answers", "new facts,\nnew answers", "updates"))
     said.set(ylim=(0, 1.05), ylabel="said in new wordings, share")
     cost.set_xticks(range(3), ("DEC lost", "LAT lost", "invented subjects,\nnow answered"))
@@ -262,16 +248,13 @@ def text(common, similar, gaps, rows):
     """Hidden words by energy and by tokens, among common words and similar ones; spoken gaps."""
     colours = {"default": BLUE, "four times the reading": ORANGE, "latents alone": RED,
                "masked LM": GREEN, "GPT": PURPLE}
-    for axis, ways in ((common, ("prior", "head")), (similar, ("similar_energy", "similar_head"))):
-        for place, way in enumerate(ways):
-            for number, (arm, colour) in enumerate(colours.items()):
-                found = over_seeds(rows, arm, f"word_{way}_hit5")
-                if found:
-                    axis.bar(place + (number - 2) * .16, found.mean, .15, color=colour,
-                             yerr=found.deviation or 0, capsize=2)
-        way = "similar_unigram" if axis is similar else "unigram"
-        axis.axhline(over_seeds(rows, "default", f"word_{way}_hit5").mean, color=GREY,
-                     linestyle="--")
+    arms = {arm: (None, colour) for arm, colour in colours.items()}
+    for axis, ways, chance in (
+            (common, ("prior", "head"), "unigram"),
+            (similar, ("similar_energy", "similar_head"), "similar_unigram")):
+        bars(axis, rows, [f"word_{way}_hit5" for way in ways], arms, .16, .15)
+        found = over_seeds(rows, "default", f"word_{chance}_hit5")
+        axis.axhline(found.mean, color=GREY, linestyle="--")
     dots(gaps, rows, arms_of("text", 5) + arms_of("text", 6), "gap_f1", colours)
     common.set_xticks((0, 1), ("energy + frequency", "tokens"))
     common.set(title="among the 100 commonest", ylabel="hit@5, share of hidden words")
@@ -284,18 +267,17 @@ def seeing(said, taught, decodes, rows):
     colours = {"MSE + InfoNCE": BLUE, "InfoNCE": GREEN, "captioner on tokens": PURPLE,
                "shuffled pictures": RED, "random-init patch encoder": ORANGE}
     arms = [arm for arm in arms_of("seeing", 0) if over_seeds(rows, arm, "caption")]
-    dots(said, rows, arms, "caption", colours)
-    dots(taught, rows, arms, "caption_new", colours)
+    for axis, name in ((said, "caption"), (taught, "caption_new")):
+        dots(axis, rows, arms, name, colours)
+        axis.set_xlim(-.03, 1.03)
+    sizes = 4, 8, 16, 32
     for way, colour in (("oracle", GREEN), ("variance", BLUE), ("clustering", PURPLE),
                         ("pixels", ORANGE), ("uniform", RED), ("random", None)):
-        points = {k: over_seeds(rows, "MSE + InfoNCE", f"stream_0.1_{way}_{k}")
-                  for k in (4, 8, 16, 32)}
-        curve(decodes, points, way, colour)
-    log_axis(decodes, (4, 8, 16, 32))
+        points = {k: ("MSE + InfoNCE", f"stream_0.1_{way}_{k}") for k in sizes}
+        curve(decodes, rows, points, way, colour)
+    log_axis(decodes, sizes)
     said.set(title="captions, seen combinations", xlabel="exact match, share of pictures")
     taught.set(title="combinations never seen", xlabel="exact match", yticklabels=[])
-    for axis in (said, taught):
-        axis.set(xlim=(-.03, 1.03))
     decodes.set(title="streams, a change every 10th frame", xlabel="decodes in 64 frames",
                 ylabel="caption right, share of frames", ylim=(0, 1.03))
 
@@ -317,7 +299,8 @@ def write_page(lab):
     if any(axis.get_legend_handles_labels()[1] for axis in axes):
         canvas.legend(loc="outside lower center", ncols=3)
     canvas.savefig(PAGES / f"{lab}.png", dpi=100, metadata={"Software": None})
-    write_tables(lab, rows)
+    source = f"Written by `python -m labs.plots {lab}`, measured at commit {origin(rows)}."
+    write_block(PAGES / f"{lab}.md", lab, f"{source}\n\n{page_tables(lab, rows)}")
     print(f"labs/pages/{lab}.md and .png are written")
 
 if __name__ == "__main__":

@@ -10,13 +10,19 @@ One row per arm, seed and figure:
 import csv
 import io
 import json
-import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from labs.tables import Figure
+from data.checkpoints import write_safely
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLUMNS = ["arm", "seed", "figure", "value", "deviation", "seeds", "commit", "device"]
+
+class Figure(NamedTuple):
+    """A figure over several seeds. The mean of words is a word; one seed has no deviation."""
+    mean: Any
+    deviation: float | None
+    seeds: int
 
 def file_of(lab, flags):
     """The results file of a lab. Figures of --fast mean nothing, so they go beside the runs."""
@@ -31,7 +37,7 @@ def read_rows(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
-def as_text(rows, header=False):
+def as_text(rows, header):
     """Rows as the lines of a CSV file, with or without the header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -44,17 +50,14 @@ def append(path, rows):
     """Append rows in one write, so that processes with the same file do not mix their lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="", encoding="utf-8") as file:
-        is_new = file.tell() == 0
-        file.write(as_text(rows, header=is_new))
+        file.write(as_text(rows, header=file.tell() == 0))
 
 def replace(path, rows):
     """Put rows in place of those of the same arm and seed, and of the arm's rows without a seed."""
     arm, seed = rows[0]["arm"], str(rows[0]["seed"])
     kept = [row for row in read_rows(path) if row["arm"] != arm or row["seed"] not in (seed, "")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(as_text(kept + rows, header=True), encoding="utf-8")
-    os.replace(beside, path)
+    write_safely(path, as_text(kept + rows, header=True).encode())
 
 def value_of(text):
     """A value of the file: numbers and lists are JSON, anything else is a word."""
@@ -71,9 +74,9 @@ def results(lab, flags):
     """
     found = {}
     for row in read_rows(file_of(lab, flags)):
-        arm, seed = row["arm"], int(row["seed"]) if row["seed"] else None
-        start = dict(arm=arm, seed=seed, commit=row["commit"], device=row["device"])
-        figures = found.setdefault((arm, seed), start)
+        seed = int(row["seed"]) if row["seed"] else None
+        shared = {name: row[name] for name in ("arm", "commit", "device")}
+        figures = found.setdefault((row["arm"], seed), shared | dict(seed=seed))
         value = value_of(row["value"])
         if seed is None:
             deviation = float(row["deviation"]) if row["deviation"] else None

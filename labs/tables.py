@@ -1,14 +1,14 @@
-"""Tables of the labs, from the rows of `arms.results`: mean ± standard deviation over seeds."""
+"""Tables of the labs, from the rows of `records.results`: mean ± standard deviation over seeds."""
+import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
 
-class Figure(NamedTuple):
-    """A figure over several seeds. The mean of words is a word; one seed has no deviation."""
-    mean: Any
-    deviation: float | None
-    seeds: int
+from labs.records import REPOSITORY, Figure
+
+PAGES = REPOSITORY / "labs" / "pages"
+# lab -> title of a table of its page -> arms, in order, and columns: title -> figure of the CSV
+TABLES = json.loads((PAGES / "tables.json").read_text(encoding="utf-8"))
 
 def by_seed(rows):
     """Those of `results` that have a seed. Rows from an older table have a mean only."""
@@ -26,9 +26,7 @@ def over_seeds(rows, arm, name):
     had it; None if there is neither."""
     found = [row[name] for row in rows if row["arm"] == arm and name in row]
     measured = [value for value in found if not isinstance(value, Figure)]
-    if measured:
-        return figure_of(measured)
-    return found[0] if found else None
+    return figure_of(measured) if measured else next(iter(found), None)
 
 def cell(found):
     """A `Figure` in words; a missing one is "not measured"."""
@@ -60,19 +58,31 @@ def tables(rows, parts):
     return "\n\n".join(f"{title}:\n\n{table(rows, arms, columns)}"
                        for title, (arms, columns) in parts.items() if known.intersection(arms))
 
-def publish(lab, rows, text, path):
-    """Print a table; with a path, also write it there between <!-- lab --> and <!-- /lab -->, with
-    its command, commits and devices. ValueError if the file has no such lines."""
-    print(text)
-    if not path:
-        return
+def page_tables(lab, rows):
+    """The tables of a lab's page in markdown."""
+    parts = {title: (part["arms"], part["columns"]) for title, part in TABLES[lab].items()}
+    return tables(rows, parts)
+
+def origin(rows):
+    """Where rows were measured: their commits and devices."""
     commits = sorted({name for row in rows for name in row["commit"].split()})
     devices = sorted({name for row in rows for name in row.get("device", "a CPU").split(", ")})
-    body = (f"<!-- {lab} -->\nWritten by `python -m labs.{lab} --table={path}`, measured at commit "
-            f"{', '.join(commits)} on {', '.join(devices)}.\n\n{text}\n<!-- /{lab} -->")
-    block = re.compile(f"<!-- {lab} -->.*?<!-- /{lab} -->", re.DOTALL)
-    page, n = block.subn(lambda _: body, Path(path).read_text(encoding="utf-8"))
+    return f"{', '.join(commits)} on {', '.join(devices)}"
+
+def write_block(path, name, body):
+    """Put a text between the lines <!-- name --> and <!-- /name --> of a page; ValueError if it has
+    none."""
+    page = Path(path)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    block = re.compile(f"{begin}.*?{end}", re.DOTALL)
+    text, n = block.subn(lambda _: f"{begin}\n{body}\n{end}", page.read_text(encoding="utf-8"))
     if not n:
-        raise ValueError(f"--table={path} has no place for it: "
-                         f"add the lines <!-- {lab} --> and <!-- /{lab} -->")
-    Path(path).write_text(page, encoding="utf-8")
+        raise ValueError(f"{path}: add the lines {begin} and {end}, between which the text goes")
+    page.write_text(text, encoding="utf-8")
+
+def publish(lab, rows, text, path):
+    """Print a table; with a path, also write it there, as `write_block` does, with its command."""
+    print(text)
+    if path:
+        source = f"Written by `python -m labs.{lab} --table={path}`, measured at commit"
+        write_block(path, lab, f"{source} {origin(rows)}.\n\n{text}")
