@@ -35,28 +35,20 @@ def line(x, y, to_x, to_y, style='marker-end="url(#tip)"'):
     return (f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}" stroke="{INK}" stroke-width="2" '
             f"{style}/>\n")
 
+def stack(x, read, colour):
+    """What is read, context encoder, predictor and latent, one below the other at x: a list."""
+    return [words(x, 88, read, SMALL), line(x, 96, x, 115),
+            box(x, 135, "context encoder", colour), line(x, 154, x, 175),
+            box(x, 195, "predictor", colour), line(x, 214, x, 243), latent(x, 260)]
+
 def two_paths(x, read, latents):
     """Phases 1 and 2 around x: a prediction on the left, its target on the right."""
     a, b = x - 80, x + 80
-    return [
-        words(a, 88, read[0], SMALL), line(a, 96, a, 115),
-        box(a, 135, "context encoder", TRAINED), line(a, 154, a, 175),
-        box(a, 195, "predictor", TRAINED), line(a, 214, a, 243),
-        latent(a, 260), words(a, 292, latents[0]),
-        words(b, 88, read[1], SMALL), line(b, 96, b, 115),
-        box(b, 135, "target encoder", FROZEN), line(b, 154, b, 243),
-        latent(b, 260), words(b, 292, latents[1]),
-        line(a + 34, 260, b - 34, 260, 'stroke-dasharray="4 4"'), words(x, 250, "MSE", BOLD)]
-
-def one_path(x):
-    """Phase 3 around x."""
-    return [
-        words(x, 88, "Capital of France?", SMALL), line(x, 96, x, 115),
-        box(x, 135, "context encoder", FROZEN), line(x, 154, x, 175),
-        box(x, 195, "predictor", FROZEN), line(x, 214, x, 243),
-        latent(x, 260), words(x + 36, 265, "thought", START), line(x, 271, x, 287),
-        words(x - 116, 312, "[BOS]"), line(x - 92, 307, x - 70, 307),
-        box(x, 307, "decoder", TRAINED), line(x, 326, x, 342), words(x, 362, "Paris", BOLD)]
+    return [*stack(a, read[0], TRAINED), words(a, 292, latents[0]),
+            words(b, 88, read[1], SMALL), line(b, 96, b, 115),
+            box(b, 135, "target encoder", FROZEN), line(b, 154, b, 243),
+            latent(b, 260), words(b, 292, latents[1]),
+            line(a + 34, 260, b - 34, 260, 'stroke-dasharray="4 4"'), words(x, 250, "MSE", BOLD)]
 
 def diagram():
     """The whole diagram, a string."""
@@ -65,17 +57,19 @@ def diagram():
                             (495, "2  distill: think", "predict the latent of the answer"),
                             (825, "3  speak", "put the thought into words")):
         parts += [words(x, 26, title, TITLE), words(x, 49, below)]
-    parts += [line(x, 14, x, 350, 'opacity=".4"') for x in (330, 660)]
-    parts += two_paths(165, ("the cat … the mat", "the cat sat on the mat"),
-                       ("predicted", "target"))
-    parts += two_paths(495, ("Capital of France?", "Paris"), ("thought L_p", "answer L_a"))
-    parts += one_path(825)
-    parts += [words(165, 325, "target encoder: moving average (EMA)"),
-              words(165, 344, "of the context encoder"),
-              words(165, 363, "beside MSE: SIGReg and a token loss"),
-              words(495, 325, "no answer token is produced")]
-    for x, colour, text in ((150, TRAINED, "trained in this phase"),
-                            (380, FROZEN, "no gradient")):
+    parts += [
+        *(line(x, 14, x, 350, 'opacity=".4"') for x in (330, 660)),
+        *two_paths(165, ("the cat … the mat", "the cat sat on the mat"), ("predicted", "target")),
+        *two_paths(495, ("Capital of France?", "Paris"), ("thought L_p", "answer L_a")),
+        *stack(825, "Capital of France?", FROZEN),
+        words(861, 265, "thought", START), line(825, 271, 825, 287),
+        words(709, 312, "[BOS]"), line(733, 307, 755, 307),
+        box(825, 307, "decoder", TRAINED), line(825, 326, 825, 342), words(825, 362, "Paris", BOLD),
+        words(165, 325, "target encoder: moving average (EMA)"),
+        words(165, 344, "of the context encoder"),
+        words(165, 363, "beside MSE: SIGReg and a token loss"),
+        words(495, 325, "no answer token is produced")]
+    for x, colour, text in ((150, TRAINED, "trained in this phase"), (380, FROZEN, "no gradient")):
         parts += [f'<rect x="{x}" y="376" width="22" height="14" rx="3" fill="{colour}"/>\n',
                   words(x + 30, 388, text, START)]
     parts += [latent(612, 383), words(646, 388, "latent: a vector of 128 numbers", START)]
