@@ -31,12 +31,12 @@ import report
 import train
 from labs.arms import chosen, in_short, main, run_or_try
 from labs.controls import MASKED_LM, Reader, read_gpt
-from labs.facts import folder_of, page_tables
+from labs.facts import folder_of
 from labs.measures import cka, features, knn_overlap, logistic_probe, ridge_probe, split
 from labs.probes import written
 from labs.runs import Arm, fit, model_of, open_run, plain, train_arm
 from labs.speed import count_flops
-from labs.tables import publish
+from labs.tables import page_tables, publish
 
 SIZES = dict(large={}, medium=dict(n_embd=64, pred_embd=64, n_layer=3, top_k=3),
              small=dict(n_embd=24, pred_embd=24, n_layer=2, top_k=2))

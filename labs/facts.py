@@ -19,7 +19,6 @@ seeds of their own (10, 11, ...), so that the seeds of the other tables choose n
 """
 import copy
 import dataclasses
-import json
 import random
 import re
 import shutil
@@ -34,10 +33,9 @@ import evaluate
 import train
 from data.facts import prepare
 from labs import controls, teachers
-from labs.arms import chosen, in_short, main, results, run_arms
-from labs.records import REPOSITORY
+from labs.arms import chosen, in_short, main, run_arms
 from labs.runs import NOW, Arm, fit, open_run, plain, train_arm
-from labs.tables import publish, tables
+from labs.tables import page_tables, publish
 
 TAUGHT = ("DEC", "LAT")     # the splits of the facts that phase 2 teaches
 
@@ -91,10 +89,9 @@ def relabel(questions, split_of):
 
 def crossed(questions, seed):
     """The same questions, where each taught fact has the answer of another one."""
-    answers = {}
-    for row, answer in zip(questions.rows, questions.answer_of.tolist()):
-        if row.split in TAUGHT:
-            answers[fact_of(row)] = answer
+    answers = {fact_of(row): answer
+               for row, answer in zip(questions.rows, questions.answer_of.tolist())
+               if row.split in TAUGHT}
     shuffled = random.Random(seed).sample(list(answers.values()), len(answers))
     others = dict(zip(answers, shuffled))
     part = copy.copy(questions)
@@ -110,7 +107,6 @@ def in_halves(questions, replay, seed):
     rng = random.Random(seed)
 
     def replayed(row):
-        """The split of a row while B is taught."""
         hidden = fact_of(row) in first and rng.random() >= replay
         return "TXT" if hidden else row.split
     a = relabel(questions, lambda row: row.split if fact_of(row) in first else "TXT")
@@ -135,16 +131,18 @@ def spoken(run, questions):
     """Exact match of what is said about some questions."""
     return evaluate.exact_match(run, questions, evaluate.think_all(run, questions.tokens))
 
-def content_words(wording):
-    """The words of a wording that say what is asked: a set."""
-    small = "a the is of in what which who it i to do does for s that by and on".split()
-    return set(re.findall(r"[a-z']+", wording.lower().replace("{s}", ""))) - set(small)
-
 def resembles(wording, others):
     """Does a wording share four tenths of its content words, or more, with one of others?"""
-    mine = content_words(wording)
-    theirs = map(content_words, others)
+    small = set("a the is of in what which who it i to do does for s that by and on".split())
+    mine, *theirs = [set(re.findall(r"[a-z']+", text.lower().replace("{s}", ""))) - small
+                     for text in (wording, *others)]
     return any(len(mine & words) >= 0.4 * max(1, len(mine | words)) for words in theirs)
+
+def answered(run, questions, threshold):
+    """Which answers are right, and which thoughts are within the threshold: two bool (n,)."""
+    thoughts = evaluate.think_all(run, questions.tokens)
+    known = evaluate.concept_distance(run, thoughts.latent) <= threshold
+    return controls.matches(questions, evaluate.say(run, thoughts)), known
 
 def far_natural(run, threshold):
     """Natural questions that resemble no wording of phase 2, answered rightly within the threshold:
@@ -155,19 +153,15 @@ def far_natural(run, threshold):
             trained.setdefault(relation, []).append(template)
     far = {relation + template for relation, template in prepare.read_tsv("natural.tsv")
            if relation in trained and not resembles(template, trained[relation])}
-    rows = run.questions.rows
-    kept = torch.tensor([i for i, row in enumerate(rows) if row.phrasing == "natural"
-                         and row.relation + row.question.replace(row.subject, "{s}") in far])
-    if not len(kept):
+    kept = [i for i, row in enumerate(run.questions.rows) if row.phrasing == "natural"
+            and row.relation + row.question.replace(row.subject, "{s}") in far]
+    if not kept:
         return {}
-    some = run._replace(questions=run.questions.pick(kept))
-    thoughts = evaluate.think_all(some, some.questions.tokens)
-    said = evaluate.say(some, thoughts)
-    known = evaluate.concept_distance(some, thoughts.latent) <= threshold
-    right = torch.tensor([text == row.answer for text, row in zip(said, some.questions.rows)])
-    found = evaluate.by_split(some.questions, "far", right.to(known.device) & known)
-    return {f"far_{split}": found[f"far_{split}_natural"] for split in TAUGHT
-            if f"far_{split}_natural" in found}
+    some = run.questions.pick(torch.tensor(kept))
+    right, known = answered(run, some, threshold)
+    found = evaluate.by_split(some, "far", right & known)
+    names = {f"far_{split}_natural": f"far_{split}" for split in TAUGHT}
+    return {names[name]: share for name, share in found.items() if name in names}
 
 # -- kinds of arms: each trains and returns its figures --------------------------------------------
 
@@ -243,10 +237,10 @@ def constant(cfg, corpus):
     questions = data.Questions(
         corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, "cpu")
     answers = {fact_of(row): row.answer for row in corpus.qa if row.split == "DEC"}
-    of_relation = {}
-    for (relation, _), answer in answers.items():
-        of_relation.setdefault(relation, []).append(answer)
-    commonest = {name: max(sorted(found), key=found.count) for name, found in of_relation.items()}
+    commonest = {}
+    for name in {relation for relation, _ in answers}:
+        found = sorted(answer for (relation, _), answer in answers.items() if relation == name)
+        commonest[name] = max(found, key=found.count)
     said = [commonest.get(row.relation) for row in corpus.qa]
     return evaluate.by_split(questions, "em", controls.matches(questions, said))
 
@@ -280,7 +274,8 @@ LONG = dict(pretrain_steps=3 * train.Config.pretrain_steps)
 # Half the time of the default. Expected: LAT stays, TXT and natural wordings lose a quarter.
 HALF = dict(pretrain_steps=700, distill_steps=690, speak_steps=490)
 OUTSIDE = "vectors.npz"     # of a sentence encoder: the first page tells how to make this file
-READ = {                    # arms with a phase 1 of their own
+ARMS = {
+    # with a phase 1 of their own
     "default": default(),
     "recipe=latent": default(**train.RECIPES["latent"]),
     "recipe=latent with tokens": default(**train.RECIPES["latent"] | dict(mlm=1.0)),
@@ -293,14 +288,12 @@ READ = {                    # arms with a phase 1 of their own
     "masked LM": Config(**controls.MASKED_LM),
     "masked LM reads three times as long": Config(**controls.MASKED_LM, **LONG),
     "default reads three times as long": default(**LONG),
-    "latent reads three times as long": Config(**LONG),
     "half the steps": default(**HALF),
     "half the steps at twice the rate":
         default(**HALF, pretrain_lr=2e-3, distill_lr=2e-3, speak_lr=2e-3),
     "half the time with narrow predictor":
         default(**HALF | dict(pretrain_steps=900), pred_embd=64, mask_ratio=0.5),
-}
-TEACHERS = {
+    # teachers
     "random-init encoder taught by latent by MSE":
         Config(pretrain_steps=0, teacher="latent by MSE"),
     "teacher gpt": distilled(teacher="GPT"),
@@ -313,33 +306,25 @@ TEACHERS = {
         default(start="default", phase="distill", teacher=OUTSIDE, distill_steps=2100),
     "shuffled L_a": distilled(kind="shuffled"),
     "distill_steps=0": distilled(distill_steps=0),
-}
-MEMORY = {
+    # what the decoder reads
     "n_slots=1": spoken_from(n_slots=1),
     "echo=0": spoken_from(echo=0.0),
     "memory=tokens": spoken_from(memory="tokens"),
     "both": spoken_from(memory="tokens", variant="BothMemories"),
-    "both memory_drop=.9": spoken_from(memory="tokens", variant="BothDrop9"),
-}
-TOLD = {
+    # what is taught as tokens
     "LAT told as tokens": spoken_from(told="DEC LAT"),
     "commonest DEC answer": Config(kind="constant"),
     "GPT": Config(kind="gpt"),
     "GPT reads three times as long": Config(kind="gpt", **LONG),
     "GPT told LAT too": Config(kind="gpt", told="DEC LAT"),
-    # 12 layers have as many weights as the default; 5 or 6 cost a short answer as many FLOPs
-    **{f"GPT of {depth} layers": Config(kind="gpt", n_layer=depth) for depth in (5, 6, 12)},
-}
-CONTINUAL = {
+    # continual learning
     "A then B": distilled(kind="continual"),
     "A then B with a tenth of A": distilled(kind="continual", replay=0.1),
     "A then B with all of A": distilled(kind="continual", replay=1.0),
-}
-lever = partial(default, start="lever default", phase="distill", shift=10)
-LEVERS = {
+    # on seeds of their own
     "lever default": default(shift=10),
-    "lever distill_lr=1e-3": lever(distill_lr=1e-3),
-    "lever letters distill_steps=2100": lever(teacher="letters", distill_steps=2100),
+    "lever letters distill_steps=2100": default(
+        start="lever default", phase="distill", shift=10, teacher="letters", distill_steps=2100),
 }
 
 def as_now(cfg):
@@ -347,7 +332,6 @@ def as_now(cfg):
     kept = {name: value for name, value in NOW.items() if getattr(cfg, name) == getattr(Arm, name)}
     return dataclasses.replace(cfg, **kept)
 
-ARMS = READ | TEACHERS | MEMORY | TOLD | CONTINUAL | LEVERS
 ARMS = {name: as_now(cfg) for name, cfg in ARMS.items()}
 FAST = ("latent by MSE", "masked LM", "teacher letters (300 wide)", "shuffled L_a", "both", "GPT",
         "LAT told as tokens", "GPT told LAT too", "commonest DEC answer", "A then B")
@@ -360,10 +344,11 @@ def quietly(measure, cfg):
         return measure(cfg)
 
 def run_lab(lab, arms, flags, measure, fast):
-    """Run arms, those that others start from first -> `results`; None with --fast.
+    """Run arms, those that others start from first, and print the tables of the lab's page.
 
     fast: the arms that --fast runs, one of each kind.
     """
+    data.load(Config())         # writes the corpus if it is missing: once, before processes start
     wanted = chosen(flags, arms)
     if flags.fast:
         flags = dataclasses.replace(flags, seeds=1, redo=True)
@@ -375,24 +360,15 @@ def run_lab(lab, arms, flags, measure, fast):
     first = [name for name in arms if name in needed]
     rest = [name for name in wanted if name not in first]
     for names in filter(None, (first, rest)):
-        run_arms(lab, arms, dataclasses.replace(flags, arms=",".join(names)), measure)
+        rows = run_arms(lab, arms, dataclasses.replace(flags, arms=",".join(names)), measure)
     if flags.fast:
         print("\n".join(f"{name}: ran" for name in first + rest))
-        return None
-    return results(lab, flags)
-
-def page_tables(lab, rows):
-    """The tables of the lab's page: labs/pages/tables.json says which."""
-    path = REPOSITORY / "labs" / "pages" / "tables.json"
-    parts = json.loads(path.read_text(encoding="utf-8"))[lab]
-    return tables(rows, {title: (part["arms"], part["columns"]) for title, part in parts.items()})
+    else:
+        publish(lab, rows, page_tables(lab, rows), flags.table)
 
 def facts(flags):
-    """Run the arms; print the tables of the lab's page."""
-    data.load(Config())         # writes the corpus if it is missing: once, before processes start
-    rows = run_lab("facts", ARMS, flags, measure, FAST)
-    if rows is not None:
-        publish("facts", rows, page_tables("facts", rows), flags.table)
+    """What the command runs."""
+    run_lab("facts", ARMS, flags, measure, FAST)
 
 if __name__ == "__main__":
     main(facts)

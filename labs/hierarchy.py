@@ -44,10 +44,10 @@ import tjepa
 import train
 from labs.arms import in_short, main, run_or_try
 from labs.controls import MASKED_LM
-from labs.facts import page_tables
+
 from labs.measures import logistic_probe
 from labs.runs import Arm, fit, model_of
-from labs.tables import Figure, by_seed, figure_of, publish, table
+from labs.tables import Figure, by_seed, figure_of, page_tables, publish, table
 
 DRAWS = 2 ** 16     # sentences drawn from a grammar before repetitions are dropped
 

@@ -33,8 +33,7 @@ import train
 from data.nlrx.prepare import leaked
 from labs import controls, runs
 from labs.arms import main, run_or_try
-from labs.facts import page_tables
-from labs.tables import publish
+from labs.tables import page_tables, publish
 
 FOLDER = Path(data.__file__).parent / "nlrx"
 # one token: a class such as [A-Z], a count, \b, .*, a word with its space, or one character

@@ -27,10 +27,9 @@ import evaluate
 import train
 from labs import controls, grounding, measures
 from labs.arms import main
-from labs.facts import begin, keep, page_tables, relabel, run_lab
+from labs.facts import begin, keep, relabel, run_lab
 from labs.grounding import IDK, answers_of, least_likely, silent, think, trust
 from labs.runs import Arm, fit, open_run, plain, train_arm
-from labs.tables import publish
 
 SHARED = "phases 1 and 2"       # the arm from which the others start
 SCHEDULES = dict(               # weight of the latent loss over alpha_start, by progress 0 to 1
@@ -304,11 +303,8 @@ ARMS = {
 FAST = ("annealed", "joint", "memory=tokens", "no memory", "GPT taught I don't know", "lookup")
 
 def speaking(flags):
-    """Run the arms; print the tables of the lab's page."""
-    data.load(Config())         # writes the corpus if it is missing: once, before processes start
-    rows = run_lab("speaking", ARMS, flags, measure, FAST)
-    if rows is not None:
-        publish("speaking", rows, page_tables("speaking", rows), flags.table)
+    """What the command runs."""
+    run_lab("speaking", ARMS, flags, measure, FAST)
 
 if __name__ == "__main__":
     main(speaking)

@@ -1,8 +1,8 @@
 """
 Facts that are added to a finished run: are they said in new wordings, and what do they cost?
 
-    python -m labs.teaching             3 seeds; starts from the runs of `python -m labs.facts`
-    python -m labs.teaching --fast      a few steps of each arm: does it run?
+    python -m labs.teaching             3 seeds; starts from `python -m labs.facts --arms=default`
+    python -m labs.teaching --fast      a few steps of each arm, after the same with --fast
 
 Expected before the first run: ten facts, each taught in one known wording, are said in nine others
 nearly always; without replay the old facts are forgotten; without made-up subjects other invented
@@ -26,9 +26,9 @@ import evaluate
 import train
 from data.facts import prepare
 from labs.arms import main, run_arms
-from labs.facts import relabel
+from labs.facts import answered, fact_of, relabel
 from labs.runs import fit, open_run, plain
-from labs.tables import publish, tables
+from labs.tables import page_tables, publish
 
 # relation, subject, taught wording, answer; no subject is in data/facts
 KNOWN = (
@@ -66,46 +66,29 @@ ARMS = {
 
 def asked_about(facts):
     """Questions (`data.QA`) about facts in all held-out and natural wordings."""
-    wordings = {}
-    for relation, kind, template in prepare.read_tsv("templates.tsv"):
-        if kind == "heldout":
-            wordings.setdefault(relation, []).append(template)
-    for relation, template in prepare.read_tsv("natural.tsv"):
-        wordings.setdefault(relation, []).append(template)
-    rows = []
-    for relation, subject, _, answer in facts:
-        for template in wordings[relation]:
-            question = prepare.sentence(template, subject)
-            rows.append(data.QA("NEW", "heldout", relation, subject, question, answer))
-    return rows
-
-def questions_of(run, rows):
-    """Rows as `data.Questions` of a run."""
-    cfg = run.cfg
-    return data.Questions(rows, run.corpus.tokenizer, cfg.block_size, cfg.answer_size, run.device)
-
-def answered(run, questions, threshold):
-    """What is said (strings) and which thoughts are within the threshold, bool (n,)."""
-    thoughts = evaluate.think_all(run, questions.tokens)
-    distance = evaluate.concept_distance(run, thoughts.latent)
-    return evaluate.say(run, thoughts), distance <= threshold
+    wordings = [(relation, template) for relation, kind, template
+                in prepare.read_tsv("templates.tsv") if kind == "heldout"]
+    wordings += prepare.read_tsv("natural.tsv")
+    sentence = prepare.sentence
+    return [data.QA("NEW", "heldout", relation, subject, sentence(template, subject), answer)
+            for relation, subject, _, answer in facts
+            for of, template in wordings if of == relation]
 
 def share_said(run, facts, threshold):
     """Share of the questions about facts that are answered rightly, within the threshold."""
-    questions = questions_of(run, asked_about(facts))
-    said, known = answered(run, questions, threshold)
-    right = [said == row.answer for said, row in zip(said, questions.rows)]
-    return (torch.tensor(right) & known.cpu()).float().mean().item()
+    questions = data.Questions(asked_about(facts), run.corpus.tokenizer, run.cfg.block_size,
+                               run.cfg.answer_size, run.device)
+    right, known = answered(run, questions, threshold)
+    return (right & known).float().mean().item()
 
 def old_figures(run, threshold):
     """Exact match of old facts in held-out wordings, and which invented subjects are answered."""
     old = run.questions.only("heldout")
-    kept = [i for i, row in enumerate(old.rows)
-            if (row.relation, row.subject) not in {fact[:2] for fact in UPDATES}]
-    old = old.pick(torch.tensor(kept))
-    said, known = answered(run, old, threshold)
-    right = torch.tensor([text == row.answer for text, row in zip(said, old.rows)])
-    em = {split: right[old.where(split).cpu()].float().mean().item() for split in ("DEC", "LAT")}
+    updated = {fact[:2] for fact in UPDATES}
+    old = old.pick(torch.tensor([i for i, row in enumerate(old.rows)
+                                 if fact_of(row) not in updated]))
+    right, known = answered(run, old, threshold)
+    em = {split: right[old.where(split)].float().mean().item() for split in ("DEC", "LAT")}
     return em, known[old.where("NEVER")]
 
 def measure(cfg):
@@ -121,25 +104,21 @@ def measure(cfg):
     shutil.copy(source / "speak" / "ckpt.pt", out)
     saved = train.load_checkpoint(out)
     # the run keeps its own flags; the arm's are those of teaching, and what it changes
-    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train.Config)}
-    changed = {name: value for name, value in fields.items()
+    changed = {name: value for name, value in dataclasses.asdict(plain(cfg)).items()
                if name.startswith("teach_") or value != getattr(train.Config, name)}
     cfg = dataclasses.replace(cfg, **saved["config"] | changed)
-    pairs = out / "new.tsv"
     lines = [f"{question}\t{answer}\n" for *_, question, answer in KNOWN + NEVER_SAID + UPDATES]
-    pairs.write_text("".join(lines), encoding="utf-8")
+    (out / "new.tsv").write_text("".join(lines), encoding="utf-8")
 
     corpus = data.load(plain(cfg), data.Tokenizer.from_state(saved["tokenizer"]))
     corpus = corpus._replace(qa=corpus.qa[::cfg.every], cloze=corpus.cloze[::cfg.every])
     em_before, answered_before = old_figures(open_run(cfg, corpus), saved["threshold"])
-    opened = train.open_run(plain(cfg, added=str(pairs)), corpus, train.tjepa.TJEPA)
-    run = opened.run
+    added = plain(cfg, added=str(out / "new.tsv"))
+    run = taught = train.open_run(added, corpus, train.tjepa.TJEPA).run
     if not cfg.replay:
         hidden = relabel(run.questions, lambda row: row.split if row.split == "NEW" else "TXT")
-        run = run._replace(questions=hidden)
-    loss_at, _ = train.teach(run)
-    fit(run, "teach", loss_at)
-    run = opened.run
+        taught = run._replace(questions=hidden)
+    fit(taught, "teach", train.teach(taught)[0])
     threshold = evaluate.recall(run, run.questions, run.concepts)["threshold"]
     em, answered_now = old_figures(run, threshold)
     return dict(
@@ -149,9 +128,7 @@ def measure(cfg):
         updated=share_said(run, UPDATES, threshold),
         lost_DEC=em_before["DEC"] - em["DEC"],
         lost_LAT=em_before["LAT"] - em["LAT"],
-        newly_answered=(answered_now & ~answered_before).float().mean().item(),
-        answered_before=answered_before.float().mean().item(),
-    )
+        newly_answered=(answered_now & ~answered_before).float().mean().item())
 
 def teaching(flags):
     """Run the arms; print the table."""
@@ -160,14 +137,10 @@ def teaching(flags):
         flags = dataclasses.replace(flags, seeds=1, redo=True)
         arms = {name: dataclasses.replace(cfg, teach_steps=2, every=40)
                 for name, cfg in ARMS.items()}
-        print("labs.teaching --fast: half a minute; it starts from `python -m labs.facts --fast`")
+        print("labs.teaching --fast: half a minute; starts from `labs.facts --fast --arms=default`")
     rows = run_arms("teaching", arms, flags, measure)
     if not flags.fast:
-        names = ("said", "said_known", "said_new", "updated", "lost_DEC", "lost_LAT",
-                 "newly_answered")
-        columns = {name: name for name in names}
-        publish("teaching", rows, tables(rows, {"Ten facts added": (list(ARMS), columns)}),
-                flags.table)
+        publish("teaching", rows, page_tables("teaching", rows), flags.table)
 
 if __name__ == "__main__":
     main(teaching)
