@@ -102,23 +102,17 @@ def compiled_launches(act):
               for name in re.findall(CALL, code.partition("def call(")[2], re.M)]
     return sum(name not in VIEWS for name in called)
 
-def uncounted(draw):
-    """draw(), a function that draws a batch, as one that launches nothing."""
-    def act():
-        """What draw returns."""
-        LaunchCounter.drawing = True
-        try:
-            return draw()
-        finally:
-            LaunchCounter.drawing = False
-    return act
-
 class Run(train.Run):
     """A `train.Run` whose batches are drawn uncounted."""
 
     def in_parts(self, draw):
         """As `train.Run.in_parts`."""
-        return super().in_parts(uncounted(draw))
+        def uncounted():
+            LaunchCounter.drawing = True
+            batch = draw()
+            LaunchCounter.drawing = False
+            return batch
+        return super().in_parts(uncounted)
 
 class Lab:
     """What the parts share: flags, sizes, device, corpus and a clock."""
@@ -207,7 +201,6 @@ def training_step(run, phase, loss_at, optimizer=None):
     clip, ema_update = train.after_backward(run, phase)
 
     def step():
-        """Forward, backward, clip, AdamW, EMA."""
         with run.autocast():
             loss, stats = loss_at(0.5)
         (loss / run.cfg.accum).backward()
@@ -222,25 +215,23 @@ def gpt_step(lab, model, optimizer=None):
     """The training step of a GPT, ours or nanoGPT's, on as many tokens as phase 1 reads."""
     tokenizer = lab.corpus.tokenizer
     text = data.Text(lab.corpus.train.tokens, CFG.block_size + 1, tokenizer, "the shipped text")
-
-    draw = uncounted(lambda: text.batch(lab.size.rows).to(lab.device, non_blocking=True))
+    run = lab.run(model)
+    batches = run.in_parts(
+        lambda: [text.batch(lab.size.rows).to(lab.device, non_blocking=True)])
 
     def loss_at(progress):
-        """Cross-entropy of random rows of text."""
-        rows = draw()                                                   # (B, T+1)
+        [rows] = next(batches)                                          # (B, T+1)
         targets = rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous()
         return model(rows[:, :-1], targets)[1], {}
-    return training_step(lab.run(model), "speak", loss_at, optimizer)
+    return training_step(run, "speak", loss_at, optimizer)
 
 def phase_step(lab, phase, width, **changes):
-    """The training step of a phase of train.py, with fresh weights; changes: fields of its Config.
-    """
+    """The training step of a phase of train.py, with fresh weights; changes: of its Config."""
     cfg = dataclasses.replace(CFG, batch_size=lab.size.rows, **shape(width) | changes)
     run = lab.run(train.build(cfg, lab.corpus.tokenizer), cfg)
     if phase != "pretrain":
         run = run._replace(concepts=train.set_answers(run, None))
-    loss_at, _ = train.PHASE_OF[phase](run)
-    return training_step(run, phase, loss_at)
+    return training_step(run, phase, train.PHASE_OF[phase](run)[0])
 
 def products(lab, width):
     """The four bare matrix products of a block, for the tokens of a step."""
@@ -254,16 +245,15 @@ def products(lab, width):
 def steps(lab):
     """The bare products first, which are the limit; then nanoGPT, our GPT and the three phases."""
     for width in lab.size.widths:
-        bare = {"C-3C, C-C, C-4C, 4C-C": products(lab, width)}
-        lab.measure(MATMUL, bare, lab.size.calls, width)
+        lab.measure(MATMUL, {"C-3C, C-C, C-4C, 4C-C": products(lab, width)}, lab.size.calls, width)
         acts = {}
         if lab.flags.nanogpt:
             acts["nanoGPT"] = gpt_step(lab, *nanogpt(lab, width))
         acts["GPT of our blocks"] = gpt_step(lab, gpt_of(width).to(lab.device))
         for number, phase in enumerate(train.PHASES, 1):
             acts[f"phase {number}, {phase}"] = phase_step(lab, phase, width)
-        latents_alone = dict(mlm=0.0, pred_embd=width // 2)
-        acts["phase 1, latents alone"] = phase_step(lab, "pretrain", width, **latents_alone)
+        acts["phase 1, latents alone"] = phase_step(
+            lab, "pretrain", width, mlm=0.0, pred_embd=width // 2)
         lab.measure("Training step", acts, lab.size.calls, width)
 
 def compiled(lab):
@@ -309,11 +299,9 @@ def thinking(lab):
         model = endless(lab, width, max(4, n))
 
         def ours():
-            """One thought, n tokens."""
             return list(itertools.islice(model.speak(model.think(question)), n))
 
         def gpt(depth):
-            """A GPT of some depth, as a function that says n tokens."""
             whole = gpt_of(width, depth, question.size(1) + n).to(lab.device)
             return partial(whole.generate, question, n)
         # A GPT's parameters and FLOPs grow linearly with its depth.
@@ -339,9 +327,8 @@ def text_of(rows):
         of_part[arm][row["figure"]] = row["value"]
     texts = []
     for (part, device), of_part in found.items():
-        if part.startswith((MATMUL, "Training step", "Phase", "Saying", "Question")):
-            lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in of_part.items()]
-            texts.append(f"{part}, on {device}:\n\n{markdown([['arm', *SHOWN], *lines])}")
+        lines = [[arm, *(row.get(name, "") for name in SHOWN)] for arm, row in of_part.items()]
+        texts.append(f"{part}, on {device}:\n\n{markdown([['arm', *SHOWN], *lines])}")
     return "\n\n".join(texts)
 
 def speed(flags):
