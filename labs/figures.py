@@ -1,13 +1,7 @@
 """
 The pictures and generated blocks of README.md, each from a run, a results file or a notebook.
 
-    python -m labs.figures --diagram            assets/phases.svg: the three phases
-    python -m labs.figures --movie              assets/latents.gif and health.*: two short runs of
-                                                phase 1, one of which collapses; some 10 minutes
-    python -m labs.figures --table              the table of README.md and assets/facts.png
-    python -m labs.figures --thumbnails         assets/notebook_*.png, from the notebooks' outputs
-    python -m labs.figures --transcript=LOG     what train.py printed, from a file that has it
-    python -m labs.figures --samples=out/tjepa  what sample.py answers about a run
+    python -m labs.figures --help       what there is
 """
 import base64
 import dataclasses
@@ -35,12 +29,13 @@ README = REPOSITORY / "README.md"
 @dataclasses.dataclass
 class Flags:
     """What to draw."""
-    diagram: bool = False       # the three phases
-    movie: bool = False         # two runs of phase 1: their latents, and their numbers
-    table: bool = False         # exact match of five systems, as a table and as bars
-    thumbnails: bool = False    # one picture of each notebook
-    transcript: str = ""        # a file with the output of train.py
-    samples: str = ""           # the folder of a run, to be asked
+    diagram: bool = False       # assets/phases.svg: the three phases
+    # assets/latents.gif and health.*: two short runs of phase 1, one of which collapses; 10 minutes
+    movie: bool = False
+    table: bool = False         # the tables of README.md and of the facts page, assets/facts.png
+    thumbnails: bool = False    # assets/notebook_*.png: one picture of each notebook
+    transcript: str = ""        # a file with the output of train.py: its end, in README.md
+    samples: str = ""           # the folder of a run: what sample.py answers about it
     out: str = "out/figures"    # what --movie recorded; remove the folder to train again
 
 # -- the result: exact match of five systems -------------------------------------------------------
