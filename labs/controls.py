@@ -75,11 +75,8 @@ class GPT(nn.Module):
         return F.linear(states, self.embed.weight).float()
 
     def forward(self, tokens, targets=None, positions=None, caches=None):
-        """tokens (B, T) -> (logits, loss), as in nanoGPT.
-
-        With targets (B, T), -1 where there is none: logits of all positions. Without: logits of
-        the last position, and no loss.
-        """
+        """tokens (B, T) -> (logits, loss), as in nanoGPT: with targets (B, T), -1 where there is
+        none, logits of all positions; without, those of the last one, and no loss."""
         states = self.states(tokens, positions, caches=caches)
         if targets is None:
             return self.say(states[:, -1:]), None                       # (B, 1, V)
@@ -91,13 +88,11 @@ class GPT(nn.Module):
     def generate(self, prompt, n):
         """Greedy: the n tokens after prompt (B, T), with a KV cache: (B, n)."""
         caches = [tjepa.KVCache(prompt.size(1) + n) for _ in self.blocks]
-        newest = prompt
-        generated = []
+        generated = [prompt]
         for _ in range(n):
-            logits, _ = self(newest, caches=caches)
-            newest = logits.argmax(-1)                                  # (B, 1)
-            generated.append(newest)
-        return torch.cat(generated, dim=1)
+            logits, _ = self(generated[-1], caches=caches)
+            generated.append(logits.argmax(-1))                         # (B, 1)
+        return torch.cat(generated[1:], dim=1)
 
 class Reader(GPT):
     """The GPT as a control of phase 1: it reads the same rows of text, each after [BOS]."""
@@ -146,14 +141,11 @@ def read_gpt(cfg, corpus):
     torch.manual_seed(cfg.seed)
     shape = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
     model = Reader(shape).to(device)
-    questions = None
-    if corpus.qa:
-        questions = data.Questions(
-            corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size, device)
+    questions = data.Questions(corpus.qa, corpus.tokenizer, cfg.block_size, cfg.answer_size,
+                               device) if corpus.qa else None
     run = train.Run(cfg, model, corpus, device, dtype, questions)
 
     def loss_at(progress):
-        """Loss of random rows of text."""
         return model.pretrain_loss(corpus.train.batch(cfg.batch_size // cfg.accum).to(device))
     fit(run, "pretrain", loss_at)
     return run
@@ -166,10 +158,9 @@ def lesson(model, questions, answers):
         targets        -    -   -  moss [EOS]
         positions      0    1   3   4   5
 
-    A dropped token is absent and the others keep their positions: this is what the encoder of a
-    T-JEPA gets in phase 2, and the same function draws which tokens are dropped. With a [MASK] in
-    its place the GPT would learn from a token that it never read and is never asked with. Without
-    the gap in the positions it would learn other distances than those that it is asked with.
+    A dropped token is absent and the others keep their positions, as for the encoder of a T-JEPA in
+    phase 2: with a [MASK], or without the gap in the positions, the GPT would learn from what it
+    is never asked with.
     """
     cfg = model.cfg
     kept = model.drop_tokens(questions, cfg.question_drop)           # (B, Q)
@@ -190,11 +181,11 @@ def lesson(model, questions, answers):
     return tokens[:, :-1], targets, positions[:, :-1]
 
 def answering(run, taught):
-    """loss_at of a GPT that learns to answer the questions `taught`, numbers (n,).
+    """loss_at of a GPT that learns to answer the questions `taught`, numbers (n,): cross-entropy of
+    the answer and its EOS, after [BOS] and the question.
 
-    The loss is the cross-entropy of the answer and its EOS, after [BOS] and the question. A share
-    --question_noise of the questions is written as people type, as in phase 2. None is about a
-    made-up subject: those rows, a share --made_up, are lost to a T-JEPA's answers alone.
+    A share --question_noise of the questions is written as people type, as in phase 2. None is
+    about a made-up subject: a share --made_up is lost to a T-JEPA's answers alone.
     """
     questions, cfg = run.questions, run.cfg
     answers = questions.answer_tokens[questions.answer_of[taught]]      # (n, L)
@@ -202,7 +193,6 @@ def answering(run, taught):
     draw = questions.drawing(taught, cfg.qa_batch_size // cfg.accum, cfg.question_noise)
 
     def loss_at(progress):
-        """Loss of random questions, some of their tokens dropped."""
         which, asked = draw()
         tokens, targets, positions = lesson(run.model, asked, answers[which])
         _, loss = run.model(tokens, targets, positions)
@@ -270,7 +260,7 @@ class WordEnergy:
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
         p = self.model.predict(tokens, span_ids, n_removed)
         logits = self.model.word_logits(p).float()                      # (B, K, V)
-        # 0 in surplus slots
-        surprise = F.cross_entropy(logits.mT, p.word_ids, reduction="none")     # (B, K)
+        # (B, K), 0 in surplus slots
+        surprise = F.cross_entropy(logits.mT, p.word_ids, reduction="none")
         total = surprise.sum(1)
         return total / (p.word_ids >= 0).sum(1) if self.mean else total

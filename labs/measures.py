@@ -1,11 +1,6 @@
 """
-Measures of a frozen encoder and of a confidence.
-
-    probes        can a linear map read something from the latents?
-    shape         over how many dimensions do they spread (RankMe)?
-    two views     how alike are two sets of latents (CKA, shared neighbours)?
-    content       which share of a target is due to its own tokens?
-    confidence    does a score separate right from wrong (AUROC)?
+Measures of a frozen encoder: what a linear map reads from its latents, over how many dimensions
+they spread, how alike two sets are, what a target owes to its own tokens. And of a confidence.
 
 Latents are matrices with one row per item; figures are floats. Compare each figure with the one of
 a random-init encoder; where chance or a bound is known, the docstring gives it.
@@ -26,9 +21,8 @@ def rows_of(*clouds, least=2):
     """
     matrices = all(z.dim() == 2 for z in clouds)
     if not matrices or len({len(z) for z in clouds}) > 1 or len(clouds[0]) < least:
-        shapes = ", ".join(str(tuple(z.shape)) for z in clouds)
-        raise ValueError(f"latents of shape {shapes} must be matrices with the same number of "
-                         f"rows, {least} or more")
+        raise ValueError(f"latents of shape {', '.join(str(tuple(z.shape)) for z in clouds)} must "
+                         f"be matrices with the same number of rows, {least} or more")
     if not all(z.isfinite().all() for z in clouds):
         raise ValueError("latents must be finite: there is NaN or infinity in them")
     return [z.detach().cpu().double() for z in clouds]
@@ -92,13 +86,11 @@ def ridge_probe(train, dev, test):
     cost = torch.ones(x.size(1), dtype=x.dtype)
     cost[-1] = 0                                        # the bias has no penalty
 
-    def fit(penalty):
-        """The normal equations."""
+    def fit(penalty):                                   # the normal equations
         left = x.T @ x / len(x) + penalty * cost.diag()                 # (C+1, C+1)
         return torch.linalg.solve(left, x.T @ y / len(x))               # (C+1, D)
 
     def score(w, x, y):
-        """R2."""
         return tjepa.r_squared(x @ w, y, torch.ones(len(x))).item()
     return choose(fit, score, dev, test)
 
@@ -116,12 +108,11 @@ def logistic_probe(train, dev, test, penalties=PENALTIES):
     w = torch.zeros(x.size(1), len(classes), requires_grad=True)        # (C+1, classes)
 
     def fit(penalty):
-        """LBFGS; it starts from the weights of the penalty before, which are near."""
+        # starts from the weights of the penalty before, which are near
         optimizer = torch.optim.LBFGS(
             [w], max_iter=100, tolerance_change=1e-8, line_search_fn="strong_wolfe")
 
         def loss():
-            """Cross-entropy and penalty, with gradients."""
             optimizer.zero_grad()
             value = F.cross_entropy(x @ w, y) + penalty / 2 * w[:-1].square().sum()
             value.backward()
@@ -130,7 +121,6 @@ def logistic_probe(train, dev, test, penalties=PENALTIES):
         return w.detach().clone()
 
     def score(w, x, y):
-        """Accuracy."""
         return (classes[(x @ w).argmax(1)] == y).float().mean().item()
     return choose(fit, score, dev, test, penalties)
 
@@ -167,9 +157,8 @@ def knn_overlap(x, y, k=10):
         raise ValueError(f"k={k} must be 1 or more")
 
     def nearest(z):
-        """The k nearest others of each row: (N, k)."""
         z = F.normalize(centred(z), dim=-1)
-        return (z @ z.T).fill_diagonal_(-torch.inf).topk(k).indices
+        return (z @ z.T).fill_diagonal_(-torch.inf).topk(k).indices     # (N, k)
     a, b = (nearest(z) for z in rows_of(x, y, least=k + 2))
     return (a[:, :, None] == b[:, None]).sum().item() / a.numel()
 

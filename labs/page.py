@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import zlib
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,7 @@ def draw_curve(panel, runs):
         return ""
     low, high = y_range or (min(every), max(every))
 
-    def height(value):
-        """Of a value in the panel, from its upper edge."""
+    def height(value):                  # from the upper edge of the panel
         value = min(max(value, low), high)
         share = (value - low) / (high - low) if high > low else 0.5
         if scale == "log" and high > low:
@@ -142,10 +142,8 @@ def code_of(names):
     """The Python source of some parts of tjepa.py, each behind its name."""
     parts = []
     for name in names.split():
-        found = tjepa
-        for step in name.split("."):
-            found = getattr(found, step)
-        source = html.escape(inspect.cleandoc("\n" + inspect.getsource(found)))
+        source = inspect.getsource(attrgetter(name)(tjepa))
+        source = html.escape(inspect.cleandoc("\n" + source))
         parts.append(f"<details><summary>{name}</summary><pre>{source}</pre></details>")
     return f'<div class="code"><span>tjepa.py:</span>{"".join(parts)}</div>'
 
@@ -207,9 +205,9 @@ def data_of(session, rows, read):
     shown = [(frame.phase, frame.step) for frame in read[0][0]]
     begin, total = begin_of(read[0][1])
     taught = [row.question for row in rows if row.split == "DEC" and row.phrasing == "trained"]
-    fields = [field.name for field in dataclasses.fields(tjepa.Config)]
     everything = dict(
-        cfg={name: getattr(model.cfg, name) for name in fields},
+        cfg={field.name: getattr(model.cfg, field.name)
+             for field in dataclasses.fields(tjepa.Config)},
         tokenizer=session.tokenizer.state(), sizes=sizes, answers=answers,
         kinds=[kind % len(COLOURS) for kind in kinds_of(rows, answers)[0]],
         threshold=checkpoint["threshold"], others=taught[::max(1, len(taught) // 20)][:20],
@@ -272,7 +270,6 @@ def time_said(out, beside):
 def fill_template(template, texts, pieces):
     """page.html with its {{...}} filled: texts are escaped, pieces are HTML already."""
     def fill(found):
-        """What stands in the place of one {{...}}."""
         kind, _, rest = found[1].partition(" ")
         if kind == "text":
             return html.escape(str(texts[rest]))
