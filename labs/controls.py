@@ -44,11 +44,11 @@ class GPT(nn.Module):
         """All parts in each phase, so that `train.fit` can train them."""
         return list(self.children())
 
-    def layers(self, tokens, positions=None, mask=None, caches=None):
+    def layers(self, tokens, positions=None, caches=None):
         """tokens (B, T) -> the states after each block, a list of (B, T, C).
 
-        positions (T,) or (B, T); by default the next ones. mask: bool (T, T), True where a token
-        may be attended to; by default causal. With caches, tokens are the newest ones alone.
+        positions (T,) or (B, T); by default the next ones. With caches, tokens are the newest ones
+        alone; ValueError if there are several after the first call.
         """
         past = len(caches[0]) if caches else 0
         if past and tokens.size(1) > 1:
@@ -56,19 +56,18 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + tokens.size(1), device=tokens.device)
         rope = self.rope[positions].unsqueeze(-3)       # (B, 1, T, hs/2) or (1, T, hs/2): all heads
-        causal = mask is None and not past
         x = self.embed(tokens)                                          # (B, T, C)
         if self.cfg.embed_scale != 1:
             x = self.cfg.embed_scale * x
         states = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, mask, causal, cache)
+            x = block(x, rope, causal=not past, cache=cache)
             states.append(x)
         return states
 
-    def states(self, tokens, positions=None, mask=None, caches=None):
+    def states(self, tokens, positions=None, caches=None):
         """The normed states after the last block: (B, T, C). Arguments as in `layers`."""
-        return self.norm(self.layers(tokens, positions, mask, caches)[-1])
+        return self.norm(self.layers(tokens, positions, caches)[-1])
 
     def say(self, states):
         """Logits (..., V) of the next token."""
@@ -77,7 +76,7 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, positions=None, caches=None):
         """tokens (B, T) -> (logits, loss), as in nanoGPT: with targets (B, T), -1 where there is
         none, logits of all positions; without, those of the last one, and no loss."""
-        states = self.states(tokens, positions, caches=caches)
+        states = self.states(tokens, positions, caches)
         if targets is None:
             return self.say(states[:, -1:]), None                       # (B, 1, V)
         logits = self.say(states)                                       # (B, T, V)
