@@ -44,7 +44,6 @@ import tjepa
 import train
 from labs.arms import in_short, main, run_or_try
 from labs.controls import MASKED_LM
-
 from labs.measures import logistic_probe
 from labs.runs import Arm, fit, model_of
 from labs.tables import Figure, by_seed, figure_of, page_tables, publish, table

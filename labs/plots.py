@@ -11,6 +11,7 @@ import sys
 from matplotlib.figure import Figure as Canvas
 
 from labs.arms import Flags
+from labs.pretraining import joined
 from labs.records import results
 from labs.tables import PAGES, TABLES, figure_of, origin, over_seeds, page_tables, write_block
 
@@ -25,19 +26,7 @@ GREY = "0.65"
 def rows_of(lab):
     """The rows of a lab. For pretraining: budgets and worlds joined."""
     rows = results(lab, Flags())
-    if lab != "pretraining":
-        return rows
-    joined = {}
-    long = []
-    for row in rows:
-        world, budget, arm = row["arm"].split(" ", 2)
-        into = joined.setdefault((arm, row["seed"]), row | dict(arm=arm))
-        into[f"{world} {budget}"] = row["probes"]
-        if "cloze_all" in row:
-            into[f"cloze {budget}"] = row["cloze_all"]
-        if (world, budget) == ("facts", "7M"):
-            long.append(row | dict(arm=f"{arm}, 7M"))
-    return [*joined.values(), *long]
+    return joined(rows) if lab == "pretraining" else rows
 
 def arms_of(lab, number):
     """The arms of a table of a page."""

@@ -1,8 +1,7 @@
 """
 What does phase 1 learn? Encoders of one size read the same tokens with different objectives.
 
-    python data/wordnet/prepare.py --input=../shared/data/text/wordnet_common.txt    the glosses
-    python data/probes/prepare.py --input=../shared/data                     probes of real text
+    python data/wordnet/prepare.py; python data/probes/prepare.py       glosses, and their probes
     python -m labs.pretraining --jobs=16            all arms, both budgets
     python -m labs.pretraining --fast               half a minute on one core: does it run?
 
@@ -31,7 +30,6 @@ loss for its tokens, and the masked LM for the sum instead of the mean.
 import collections
 import dataclasses
 import functools
-import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -44,15 +42,16 @@ import evaluate
 import tjepa
 import train
 from labs import arms as shared
+from labs import variants
 from labs.arms import chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM, Reader, WordEnergy
 from labs.measures import features, logistic_probe, rankme
 from labs.probes import PENALTIES, PROBES, accuracy, facts_probes, text_probes
 from labs.runs import Arm, fit, model_of
-from labs.tables import markdown, publish, table
+from labs.tables import markdown, page_tables, publish
 
 WORLDS = {"facts": {}, "glosses": dict(data="data/wordnet/input.txt")}     # fields of a Config
-GRID = (5e-4, 1e-3, 2e-3, 4e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3)         # learning rates
 BUDGETS = {"2.5M": 800, "7M": 2280}     # steps of 48 rows of 64 tokens
 TUNED = "2.5M"
 LOOKS = (1, 2, 4, 8)                    # eighths of a long run at which it is measured
@@ -116,7 +115,7 @@ CHANGES = {                     # of train.py's default
     "no predictor": idea(variant="NoPredictor"),
     "equal words are no negatives": idea(variant="Negatives"),
     "a queue of negatives": idea(variant="Queue"),
-    "frozen random target": idea(ema_half_life=math.inf),
+    "frozen random target": idea(variant="FrozenTarget"),
     "frozen masked LM as target": idea(variant="TaughtByMaskedLM"),
     "growing spans": idea(variant="GrowingSpans"),
     "fading SIGReg": idea(fade_sigreg=True),
@@ -128,9 +127,8 @@ ARMS = {name: Config(**change) for name, change in CHANGES.items()}
 def probes_of(run):
     """The probes of the world that a run has read, name -> `Probe`."""
     found = facts_probes(run.corpus) if run.cfg.data == "facts" else text_probes()
-    if run.cfg.stride == 1:
-        return found
-    return {name: probe.thinned(run.cfg.stride) for name, probe in found.items()}
+    few = run.cfg.stride > 1
+    return {name: probe.thinned(run.cfg.stride) if few else probe for name, probe in found.items()}
 
 # -- what is read from the latents -----------------------------------------------------------------
 
@@ -145,10 +143,12 @@ def reading(model, layers):
         """tokens (B, T) -> (B, T, C)."""
         if isinstance(model, Reader):
             return model.encode(tokens, layers)
+        frozen = isinstance(model, variants.FrozenTarget)
+        encoder = model.context_encoder if frozen else model.target_encoder
         if not layers:
-            return model.target_encoder.embed(tokens)
+            return encoder.embed(tokens)
         positions = torch.arange(tokens.size(1), device=tokens.device)
-        return model.target_encoder(tokens, positions, tokens != model.cfg.pad, layers)
+        return encoder(tokens, positions, tokens != model.cfg.pad, layers)
     return Reading(model.cfg, encode)
 
 def vectors(run, texts, layers):
@@ -251,11 +251,9 @@ def open_arm(cfg):
         model = train.build(cfg, corpus.tokenizer, model=model_of(cfg))
     run = train.Run(cfg, model.to(device), corpus, device, dtype)
 
-    def loss_of_gpt(progress):
-        """Loss of the rows that the other arms draw in this step."""
-        return model.pretrain_loss(corpus.train.batch(cfg.batch_size).to(device))
-    if cfg.model == "gpt":
-        return run, loss_of_gpt
+    if cfg.model == "gpt":              # it reads the rows that the other arms draw in this step
+        return run, lambda progress: model.pretrain_loss(
+            corpus.train.batch(cfg.batch_size).to(device))
     loss_of_jepa = train.pretrain(run)[0]
 
     def loss_at(progress):
@@ -268,21 +266,19 @@ def open_arm(cfg):
 
 def judge(run, probes):
     """The figures of a run as it stands; in tuning the mean dev accuracy of each reading alone."""
-    readings = [int(layers) for layers in run.cfg.read.split(",")]
+    readings = map(int, run.cfg.read.split(","))
     if run.cfg.tune:
         return {f"dev_{layers}": probe_all(run, probes, layers)["probes"] for layers in readings}
-    figures = probe_all(run, probes, readings[0])
+    layers = next(readings)
+    figures = probe_all(run, probes, layers)
     if run.cfg.data != "facts":
-        return figures | surface(run, readings[0])
-    # a bag has no order, and so no gap
-    return figures | (cloze_all(run) if run.cfg.read != "0" else {})
+        return figures | surface(run, layers)
+    return figures | (cloze_all(run) if layers else {})     # a bag has no order, and so no gap
 
 def measure(cfg):
     """Train an arm and judge it: a dict of figures. curve: such dicts with the tokens read."""
     run, loss_at = open_arm(cfg)
-    probes = probes_of(run)
-    curve = []
-    calls = iter(range(10 ** 9))
+    probes, curve, calls = probes_of(run), [], iter(range(10 ** 9))
 
     def look(whole):
         """`train.fit` calls this at step 0, every eval_every steps and at the end."""
@@ -323,9 +319,8 @@ def tuning(worlds, names, grid):
         rates = grid if ARMS[name].pretrain_steps else grid[:1]
         for world in worlds:
             for lr in rates:
-                fields = dict(tune=True, pretrain_lr=lr) | WORLDS[world]
-                cfg = dataclasses.replace(ARMS[name], **fields)
-                arms[f"{world} {name} lr={lr:g}"] = cfg
+                arms[f"{world} {name} lr={lr:g}"] = dataclasses.replace(
+                    ARMS[name], tune=True, pretrain_lr=lr, **WORLDS[world])
     return arms
 
 def finals(worlds, names, budgets, tuned):
@@ -345,55 +340,39 @@ def finals(worlds, names, budgets, tuned):
                 arms[f"{world} {budget} {name}"] = dataclasses.replace(cfg, **fields)
     return arms
 
-def joined(rows, budget):
-    """One row an arm and seed: its figures in both worlds, and the mean of all its probes.
-
-    Older tables have that mean in rows of the world "facts,glosses".
+def joined(rows):
+    """The rows of plot and page: an arm and seed with the means of its probes as "WORLD BUDGET" and
+    "all BUDGET", and with "cloze BUDGET"; then each run of facts as the arm "ARM, BUDGET".
     """
-    found = {}
+    whole, parts = {}, []
     for row in rows:
-        world, tokens, arm = row["arm"].split(" ", 2)
-        if tokens == budget:
-            tail = dict(rank=f"rank_{world}", probes=f"probes_{world}") if world in PROBES else {}
-            figures = {tail.get(name, name): value for name, value in row.items()}
-            found.setdefault((arm, row["seed"]), {}).update(figures, arm=arm)
-    every = [name for names in PROBES.values() for name in names]
-    for row in found.values():
-        if row["seed"] is not None and row.keys() >= set(every):
-            row["probes"] = statistics.mean(row[name] for name in every)
-    return list(found.values())
+        world, budget, arm = row["arm"].split(" ", 2)
+        into = whole.setdefault((arm, row["seed"]), row | dict(arm=arm))
+        # older tables have the mean of all probes in rows of the world "facts,glosses"
+        into["all" * (world not in PROBES) or world, budget] = row["probes"]
+        if "cloze_all" in row:
+            into["cloze", budget] = row["cloze_all"]
+        if world == "facts":
+            parts.append(row | dict(arm=f"{arm}, {budget}"))
+    for row in whole.values():
+        for budget in BUDGETS:
+            means = [row[world, budget] for world in PROBES if (world, budget) in row]
+            if len(means) == len(PROBES) and row["seed"] is not None:
+                row["all", budget] = statistics.mean(means)
+        row |= {" ".join(name): row.pop(name) for name in list(row) if isinstance(name, tuple)}
+    return [*whole.values(), *parts]
 
-TABLES = {
-    "accuracies on test": {
-        **{name: name for names in PROBES.values() for name in names},
-        "mean, facts": "probes_facts", "mean, glosses": "probes_glosses", "mean of all": "probes"},
-    "the cloze": {
-        **{relation: f"cloze_{relation}" for relation in RELATIONS},
-        "all three": "cloze_all", "(chance)": "cloze_chance", "same length": "cloze_same",
-        "(its chance)": "cloze_same_chance", "by tokens": "cloze_tokens_all",
-        "by tokens, same length": "cloze_tokens_same"},
-    "RankMe of a probe's texts, and the surface of held-out glosses": {
-        "rank, facts": "rank_facts", "rank, glosses": "rank_glosses",
-        "token identity": "identity", "stability": "stability"},
-}
-
-def tables(rows, tuned):
-    """All tables as markdown; the last one is what tuning has chosen."""
-    parts = []
-    for budget in BUDGETS:
-        here = joined(rows, budget)
-        if here:
-            parts += [f"After {budget} tokens, {title}:\n\n{table(here, ARMS, columns)}"
-                      for title, columns in TABLES.items()]
+def choices(tuned):
+    """What tuning has chosen, in markdown."""
     lines = [["world and arm", "learning rate", "layers", "best dev accuracy"]]
     for case in dict.fromkeys(row["arm"].rsplit(" ", 1)[0] for row in tuned):
         mine = [row for row in tuned if row["arm"].rsplit(" ", 1)[0] == case]
         best = choose(mine)
-        scores = [f"{dev_of(row)[0]:.3f} at {row['lr']:g}"
-                  for row in sorted(mine, key=lambda row: row["lr"])]
-        lines.append([case, f"{best['pretrain_lr']:g}", best["read"], ", ".join(scores)])
+        mine.sort(key=lambda row: row["lr"])
+        scores = ", ".join(f"{dev_of(row)[0]:.3f} at {row['lr']:g}" for row in mine)
+        lines.append([case, f"{best['pretrain_lr']:g}", best["read"], scores])
     title = "Chosen on dev (seed 0, 2.5M tokens; layers: how many of the last are averaged)"
-    return "\n\n".join([*parts, f"{title}:\n\n{markdown(lines)}"])
+    return f"{title}:\n\n{markdown(lines)}"
 
 def pretraining(flags):
     """Choose learning rates, run the arms and print the tables."""
@@ -417,7 +396,8 @@ def pretraining(flags):
     if flags.fast:
         print("\n".join(f"{name}: ran" for name in names))
         return
-    publish("pretraining", rows, tables(rows, tuned), flags.table)
+    text = f"{page_tables('pretraining', joined(rows))}\n\n{choices(tuned)}"
+    publish("pretraining", rows, text, flags.table)
 
 if __name__ == "__main__":
     main(pretraining, Flags)

@@ -237,7 +237,13 @@ class Hypotheses(TJEPA):
         p = self.predict(tokens, span_ids, n_removed)
         return tjepa.masked_mean(self.best_error(p), p.span_mask, 1)
 
-class TaughtByMaskedLM(TJEPA):
+class FrozenTarget(TJEPA):
+    """The target encoder stays as it was drawn: what learns is the context encoder alone."""
+
+    def ema_update(self):
+        """Nothing to do."""
+
+class TaughtByMaskedLM(FrozenTarget):
     """Target: an encoder that was a masked LM for the first quarter of phase 1, then frozen.
 
     As in SALT (2025), where a frozen teacher replaces the EMA. The experiment sets `progress`, the
