@@ -1,10 +1,8 @@
 """
 The house of data/house for the planning lab: its text, its latents, and the search for plans.
 
-    texts       the corpus of phase 1, and trajectories as numbers of facts and actions
-    latents     one pooled latent a sentence, so that a state of n facts has n slots
-    search      imagined states are expanded action by action; the energy is the distance to a goal
-    episodes    plan, act, look again, until the goal is true or the actions are used up
+A state of n facts has n slots, the pooled latent of a sentence each. Imagined states are expanded
+action by action; their energy is the distance to the goal. An episode plans, acts and looks again.
 
 Shapes: n states, S = 4 slots, A = 16 actions, F = 65 facts, W = 6 wordings, C width of a latent.
 """
@@ -24,6 +22,8 @@ N_SLOTS = 4                 # the robot and up to three objects
 HELD_OUT = world.HELD_OUT
 TRAINED = range(HELD_OUT)
 TRAJECTORIES = 2000
+# which facts the text contains, bool (F,)
+SEEN = torch.tensor([fact not in world.UNSEEN for fact in world.FACTS])
 
 # -- texts -----------------------------------------------------------------------------------------
 
@@ -41,10 +41,9 @@ def numbers(state):
 def walks(n=TRAJECTORIES):
     """Trajectories as numbers: facts (n, steps+1, S) and actions (n, steps)."""
     found = world.trajectories(n)
-    states = torch.tensor([[numbers(state) for state in states] for states, _ in found])
-    number = {action: i for i, action in enumerate(world.ACTIONS)}
-    actions = torch.tensor([[number[action] for action in actions] for _, actions in found])
-    return states, actions
+    facts = [[numbers(state) for state in states] for states, _ in found]
+    actions = [[world.ACTIONS.index(action) for action in actions] for _, actions in found]
+    return torch.tensor(facts), torch.tensor(actions)
 
 # -- latents ---------------------------------------------------------------------------------------
 
@@ -63,27 +62,19 @@ class Latents(NamedTuple):
         """The mean latent of each fact over the trained wordings, (F, C)."""
         return self.facts[:, :HELD_OUT].mean(1)
 
-def seen_facts():
-    """Which facts the text contains: bool (F,)."""
-    return torch.tensor([fact not in world.UNSEEN for fact in world.FACTS])
-
 @torch.no_grad()
 def latents_of(model, tokenizer, block_size):
     """`Latents` of a frozen model: pooled, layer-normed, standardised.
 
-    As in phase 2 each dimension gets mean 0 and deviation 1: over the facts of the text, and over
-    the actions, in the trained wordings.
+    Each dimension gets mean 0 and deviation 1 over the text's facts (actions), trained wordings.
     """
-    pooled = []
-    for said, many in ((world.say_fact, world.FACTS), (world.say_action, world.ACTIONS)):
-        tokens = sentences(tokenizer, said, many, block_size)
-        rows = tjepa.norm(features(model, tokens))
-        pooled.append(rows.unflatten(0, (-1, world.N_WORDINGS)))        # (F or A, W, C)
-    facts, actions = pooled
     parts = []
-    for latents, known in ((facts, facts[seen_facts()]), (actions, actions)):
-        known = known[:, :HELD_OUT].flatten(0, 1)
-        parts.append((latents - known.mean(0)) / known.std(0).clamp(min=1e-3))
+    for said, many, known in ((world.say_fact, world.FACTS, SEEN),
+                              (world.say_action, world.ACTIONS, slice(None))):
+        rows = tjepa.norm(features(model, sentences(tokenizer, said, many, block_size)))
+        rows = rows.unflatten(0, (-1, world.N_WORDINGS))                # (F or A, W, C)
+        trained = rows[known][:, :HELD_OUT].flatten(0, 1)
+        parts.append((rows - trained.mean(0)) / trained.std(0).clamp(min=1e-3))
     facts, actions = parts
     return Latents(facts, facts, actions)
 
@@ -98,22 +89,19 @@ class LatentWorld:
     """States are imagined by a transition model on latents.
 
     transition: (slots (n, S, C), mask (n, S), actions (n, C)) -> next slots (n, S, C).
+    wording: in which the planner names its actions.
     """
 
     def __init__(self, transition, latents, wording=0):
-        """wording: in which the planner names its actions."""
         self.transition = transition
         self.latents = latents
         self.actions = latents.actions[:, wording]                      # (A, C)
-        # The distance at which two facts of the text are told apart: the median, over facts, of
-        # the distance to the nearest other fact.
-        centres = latents.centres()[seen_facts()]
+        # distance of a fact of the text to the nearest other one, the median over facts
+        centres = latents.centres()[SEEN]
         apart = torch.cdist(centres, centres).square() / centres.size(1)
-        apart = apart + torch.eye(len(apart)) * apart.max()
-        between = apart.min(1).values.median().item()
-        # Two states are one below half of that distance (squared: a quarter). A goal is reached
-        # below a quarter of it: "the robot is in the attic" is as near to a goal "the book is in
-        # the attic" as a third.
+        between = apart.fill_diagonal_(torch.inf).min(1).values.median().item()
+        # Two states are one below half of it (squared: a quarter). A goal is reached below a
+        # quarter: "the robot is in the attic" is as near to "the book is in the attic" as a third.
         self.same = between / 4
         self.reached = self.tolerance = between / 16
 
@@ -124,10 +112,9 @@ class LatentWorld:
 
     def begin(self, state, wordings):
         """The state as it is read, one wording for each of its sentences."""
-        facts = [world.NUMBER[fact] for fact in state.facts()]
-        slots = torch.zeros(1, N_SLOTS, self.latents.read.size(-1))
-        slots[0, :len(facts)] = self.latents.read[facts, wordings[:len(facts)]]
-        mask = torch.arange(N_SLOTS)[None] < len(facts)
+        facts = torch.tensor(numbers(state))
+        mask = (facts >= 0)[None]                                       # (1, S)
+        slots = self.latents.read[facts.clamp(min=0), wordings] * mask[..., None]
         return Imagined(self.look(slots, mask), mask)
 
     def goal(self, fact, wording):
@@ -139,8 +126,7 @@ class LatentWorld:
     def expand(self, states):
         """Each state after each action: n states -> n * A, the actions of a state in a row."""
         n, n_actions = len(states.slots), len(self.actions)
-        slots = states.slots.repeat_interleave(n_actions, 0)
-        mask = states.mask.repeat_interleave(n_actions, 0)
+        slots, mask = (part.repeat_interleave(n_actions, 0) for part in states)
         return Imagined(self.transition(slots, mask, self.actions.repeat(n, 1)), mask)
 
     def energy(self, states, goal):
@@ -175,36 +161,31 @@ def search(imagination, state, goal, depth=8, beam=32, cost="closest"):
     """Plan from a state to a goal: (actions as numbers, energy along the plan).
 
     Breadth-first while a layer has fewer than `beam` states, then the `beam` nearest to the goal.
-
-    cost    closest: the energy of the nearest state on the way. States that were imagined before
-                     are dropped, and the search ends when one has reached the goal.
-            last:    the energy of the last of `depth` states
-            sum:     the energies of all of them
+    cost: last, the energy of the last of `depth` states; sum, of all of them; closest, of the
+    nearest on the way: imagined states are dropped, and the search ends at the goal.
     """
-    layer, paths, energies = state, [()], [()]
+    layer = known = state
+    paths, energies = [()], [()]
     total = torch.zeros(1)
-    known = state
     found = []                      # (energy, path, energies) of the best state of each layer
     for _ in range(depth):
         states = imagination.expand(layer)
         energy = imagination.energy(states, goal)
         n_actions = len(energy) // len(paths)
-        so_far = total.repeat_interleave(n_actions) + energy            # (n * A,)
-        order = (so_far if cost == "sum" else energy).argsort(stable=True)
+        total = total.repeat_interleave(n_actions) + energy             # (n * A,)
+        order = (total if cost == "sum" else energy).argsort(stable=True)
         states = imagination.take(states, order)
-        fresh = imagination.new(states, known if cost == "closest" else None)
-        kept = order[fresh][:beam]
-        if len(kept) == 0:
+        fresh = imagination.new(states, known if cost == "closest" else None).nonzero()[:beam, 0]
+        if len(fresh) == 0:
             break
-        layer = imagination.take(states, fresh.nonzero()[:beam, 0])
-        total, energy = so_far[kept], energy[kept]
+        layer, kept = imagination.take(states, fresh), order[fresh]     # the best one first
+        total, energy = total[kept], energy[kept]
         before = [divmod(i, n_actions) for i in kept.tolist()]
         energies = [(*energies[i], e) for (i, _), e in zip(before, energy.tolist())]
         paths = [(*paths[i], action) for i, action in before]
-        best = (total if cost == "sum" else energy).argmin().item()
-        found.append((energies[best][-1], paths[best], energies[best]))
+        found.append((energies[0][-1], paths[0], energies[0]))
         if cost == "closest":
-            if energy[best] < imagination.reached:
+            if energy[0] < imagination.reached:
                 break
             known = imagination.join(known, layer)
     if not found:
@@ -233,11 +214,10 @@ def holds_unseen(state):
 
 @functools.cache
 def tasks(name, n, unseen=False, seed=TEST):
-    """n held-out tasks whose shortest plan has a length in BINS[name].
+    """n held-out tasks whose shortest plan has a length in BINS[name]; no start is in the text.
 
-    Goals are moves of an object that the text never makes, and for short plans also places of
-    the robot and objects in its hand. No start is a state of the text. unseen: the goal is a
-    combination of object and room that the text never has.
+    Goals are moves that the text never makes, and for short plans also places of the robot and
+    objects in its hand; unseen: combinations of object and room that the text never has.
     """
     random_ = random.Random(f"{seed} {name} {unseen}")
     text = {state for states, _ in world.trajectories(TRAJECTORIES) for state in states}
@@ -249,8 +229,7 @@ def tasks(name, n, unseen=False, seed=TEST):
         if unseen:
             goal = random_.choice(sorted(world.UNSEEN))
         elif high <= 3 and random_.random() < 0.6:
-            others = [("robot", goal[1]), (goal[0], world.HAND)]
-            goal = random_.choice(others)
+            goal = random_.choice([("robot", goal[1]), (goal[0], world.HAND)])
         source = dict(start.facts()).get(goal[0])
         if source is None or start in text or goal in start.facts():
             continue
@@ -264,10 +243,7 @@ def tasks(name, n, unseen=False, seed=TEST):
     return found
 
 def succeeds(policy, task):
-    """Is the goal true after at most twice as many actions as the shortest plan has?
-
-    policy: (state, goal) -> action, called anew after each action.
-    """
+    """Does policy (state, goal) -> action reach the goal within twice the shortest length?"""
     state = task.start
     for _ in range(2 * task.shortest):
         state = world.step(state, policy(state, task.goal))
@@ -279,25 +255,23 @@ def success(policy, some):
     """The share of tasks in which a policy succeeds."""
     return sum(succeeds(policy, task) for task in some) / len(some)
 
-def planner(imagination, wordings=None, seed=0, **settings):
-    """A policy that searches and takes the first action of the plan.
+def planner(imagination, wordings=TRAINED, seed=0, **settings):
+    """A policy that searches and takes the first action of the plan, if there is a plan.
 
-    wordings: of states and goals; by default a random trained one for each sentence.
+    wordings: of states and goals, a random one for each sentence. settings: of `search`.
     """
     random_ = random.Random(seed)
 
     def policy(state, goal):
-        """The first action of the plan; a plan that is empty takes the first action there is."""
-        drawn = [random_.choice(wordings or TRAINED) for _ in range(N_SLOTS + 1)]
-        begin = imagination.begin(state, drawn[1:])
-        plan, _ = search(imagination, begin, imagination.goal(goal, drawn[0]), **settings)
+        goal_wording, *drawn = (random_.choice(wordings) for _ in range(N_SLOTS + 1))
+        begin = imagination.begin(state, drawn)
+        plan, _ = search(imagination, begin, imagination.goal(goal, goal_wording), **settings)
         return world.ACTIONS[plan[0] if plan else 0]
     return policy
 
 def oracle(state, goal):
     """The first action of a shortest plan in the true house."""
-    plan = world.shortest_plan(state, goal)
-    return plan[0] if plan else world.ACTIONS[0]
+    return (world.shortest_plan(state, goal) or world.ACTIONS)[0]
 
 def at_random(seed, sensible=False):
     """A policy of random actions; sensible: of those that change something."""

@@ -3,62 +3,51 @@ import torch
 
 from data.house import prepare as world
 from labs import house
-from labs.controls import read_gpt
 
 class GPTWorld:
-    """States are imagined as text; the interface is that of `house.LatentWorld`.
+    """States are imagined as text by the GPT of a run; an interface as of `house.LatentWorld`.
 
-    A state is a list of facts, said in the first wording. The GPT reads state and action and
-    writes the next state, greedily. What it writes is understood in any trained wording and said
-    again in the first one: equal states are then equal texts. One that is no state is dropped.
-
-    The energy of a state is minus the log-likelihood of the goal's sentence right after the state
-    and the action that led to it. In the text the order and the wording of sentences are random,
-    so that a true goal has about 1 / (sentences * wordings).
+    The GPT reads a state, in the first wording, and an action, and writes the next state, greedily.
+    It is understood in any trained wording; what is no state is dropped. An imagined state is a
+    pair: its facts, and the prompt that led to it. Its energy is minus the log-likelihood of the
+    goal's sentence after the prompt. In the text order and wording of the sentences are random.
     """
     tolerance = 0.5
+    reached = 5.0       # a true goal has about log(sentences * wordings) = log(4 * 5) = 3.0
 
     def __init__(self, run):
         self.model = run.model
         self.tokenizer = run.corpus.tokenizer
-        self.reached = 5.0              # a true goal has about log(4 * 5) = 3.0
         # facts of a state -> what was written after each action: an episode meets a state often
         self.written = {}
         self.known = {world.say_fact(fact, wording): fact for fact in world.FACTS
                       for wording in house.TRAINED}
 
-    @classmethod
-    def trained(cls, cfg, corpus):
-        """A GPT of the encoder's size that reads the text of phase 1."""
-        return cls(read_gpt(cfg, corpus))
-
     def begin(self, state, wordings):
-        """The state, and the text that led to it: none."""
+        """The state, to which no prompt led."""
         return [(frozenset(state.facts()), None)]
 
     def goal(self, fact, wording):
         """The goal's sentence."""
         return " " + world.say_fact(fact, wording)
 
-    def prompt(self, facts, action):
-        """Tokens of a state and an action, after [BOS]."""
-        said = [world.say_fact(fact) for fact in sorted(facts, key=world.NUMBER.get)]
-        text = " " + " ".join([*said, world.say_action(action)])
-        return [self.model.cfg.bos, *self.tokenizer.encode(text)]
-
-    @torch.no_grad()
     def expand(self, states):
         """Each state after each action; a state that can't be understood has no facts."""
         new = list(dict.fromkeys(facts for facts, _ in states if facts not in self.written))
-        written, n_actions = self.write(new), len(world.ACTIONS)
-        for i, facts in enumerate(new):
-            self.written[facts] = written[i * n_actions:(i + 1) * n_actions]
+        written = iter(self.write(new))
+        for facts in new:
+            self.written[facts] = [next(written) for _ in world.ACTIONS]
         return [found for facts, _ in states for found in self.written[facts]]
 
     def write(self, states):
-        """The next state, as facts and the prompt that led to it, for each state and action."""
-        prompts = [self.prompt(facts, action) for facts in states for action in world.ACTIONS]
-        n_facts = [len(facts) for facts in states for _ in world.ACTIONS]
+        """The states that follow n sets of facts, after each action: a list of n * A."""
+        prompts, n_facts = [], []
+        for facts in states:
+            said = [world.say_fact(fact) for fact in sorted(facts, key=world.NUMBER.get)]
+            for action in world.ACTIONS:
+                text = " " + " ".join([*said, world.say_action(action)])
+                prompts.append([self.model.cfg.bos, *self.tokenizer.encode(text)])
+                n_facts.append(len(facts))
         written = [None] * len(prompts)
         # prompts of equal length are continued together: nothing is padded
         for length in {len(prompt) for prompt in prompts}:
@@ -81,7 +70,7 @@ class GPTWorld:
         """Minus the log-likelihood of the goal's sentence after each state's prompt: (n,)."""
         energy = torch.full((len(states),), torch.inf)
         ids = self.tokenizer.encode(goal)
-        for length in {len(prompt) for facts, prompt in states if facts and prompt}:
+        for length in {len(prompt) for facts, prompt in states if facts}:
             which = [i for i, (facts, prompt) in enumerate(states)
                      if facts and len(prompt) == length]
             tokens = torch.tensor([states[i][1] + ids for i in which])
@@ -106,7 +95,3 @@ class GPTWorld:
             first.append(facts not in seen)
             seen.add(facts)
         return torch.tensor(first)
-
-    def policy(self, seed=0):
-        """It searches as `house.planner` does; states and goals have the first wording."""
-        return house.planner(self, [0], seed=seed)

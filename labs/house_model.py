@@ -1,27 +1,18 @@
 """
 The world model of the planning lab: what an action does to the latents of a state.
 
-    Transition      latents of a state, latent of an action -> latents of the next state
-    train_frozen    on an encoder that phase 1 has trained and that stays as it is
-    train_joint     together with the encoder
-    teach_speech    phase 3: the decoder says a latent
-
 cfg is a `labs.planning.Config`. Shapes as in labs/house.py; B rows, K steps of a rollout.
 """
-import functools
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 import data
-import evaluate
 import tjepa
+import train
 from data.house import prepare as world
 from labs import house
 from labs.runs import fit
-
-# -- the transition model --------------------------------------------------------------------------
 
 class Transition(nn.Module):
     """Blocks of tjepa.py over the slots of a state and an action; the order of slots is free."""
@@ -34,8 +25,8 @@ class Transition(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(cfg.pred_embd)
         self.latent_proj = nn.Linear(cfg.pred_embd, cfg.n_embd)
-        # rotates by nothing: sentences have no order
-        rope = torch.ones(1, cfg.pred_embd // cfg.n_head // 2, dtype=torch.cfloat)
+        # position 0 alone, which rotates by nothing: sentences have no order
+        rope = tjepa.rotary(1, cfg.pred_embd // cfg.n_head)
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, slots, mask, action):
@@ -53,12 +44,12 @@ class WorldModel(nn.Module):
 
     def __init__(self, jepa):
         super().__init__()
-        self.cfg = jepa.cfg
+        self.cfg = cfg = jepa.cfg
         self.context_encoder = jepa.context_encoder
         self.target_encoder = jepa.target_encoder
-        self.transition = Transition(jepa.cfg)
-        self.inverse = nn.Sequential(nn.Linear(2 * jepa.cfg.n_embd, jepa.cfg.pred_embd), nn.GELU(),
-                                     nn.Linear(jepa.cfg.pred_embd, len(world.ACTIONS)))
+        self.transition = Transition(cfg)
+        self.inverse = nn.Sequential(nn.Linear(2 * cfg.n_embd, cfg.pred_embd), nn.GELU(),
+                                     nn.Linear(cfg.pred_embd, len(world.ACTIONS)))
         self.transition.apply(self.init_weights)
         self.inverse.apply(self.init_weights)
 
@@ -70,23 +61,18 @@ class WorldModel(nn.Module):
     def encode_sentences(self, tokens, encoder, top_k):
         """Pooled latents of sentences (n, T), layer-normed: (n, C)."""
         real = tokens != self.cfg.pad
-        positions = torch.arange(tokens.size(1))
-        latents = encoder(tokens, positions, real, top_k)
+        latents = encoder(tokens, torch.arange(tokens.size(1)), real, top_k)
         return tjepa.norm(tjepa.masked_mean(latents, real[..., None], 1))
 
-    def which_action(self, before, after, mask):
-        """Logits of the action (n, A) that led from slots before to slots after."""
-        both = self.inverse(torch.cat((before, after), dim=-1))         # (n, S, A)
-        return tjepa.masked_mean(both, mask[..., None], 1)
+def in_any_wording(table, numbers, noise):
+    """Latents (..., C) of facts or actions in random trained wordings, with noise; any for -1.
 
-def look_up(table, facts, wordings):
-    """Latents (..., C) of facts or actions, by number, in wordings; any for -1, no fact.
-
-    table (n, W, C), facts and wordings (...).
+    table (n, W, C), numbers (...).
     """
-    index = facts.clamp(min=0) * table.size(1) + wordings
+    index = numbers.clamp(min=0) * table.size(1) + torch.randint(house.HELD_OUT, numbers.shape)
     # F.embedding and not table[...]: the backward of indexing is not deterministic.
-    return F.embedding(index, table.flatten(0, 1))
+    latents = F.embedding(index, table.flatten(0, 1))
+    return latents + noise * torch.randn_like(latents)
 
 def some_slots(mask):
     """For half of the rows of mask (B, S) one random slot alone: as a goal is read."""
@@ -97,23 +83,20 @@ def some_slots(mask):
 def rollout_loss(model, cfg, latents, facts, actions):
     """Teacher forcing, and a rollout of K = cfg.rollout steps -> (loss, stats).
 
-    facts (B, K+1, S), actions (B, K). What is read has a random wording in each slot, and noise,
-    because predicted states are inexact. What is predicted is the mean over the trained wordings.
+    facts (B, K+1, S), actions (B, K). What is read has noise, because predicted states are inexact.
+    What is predicted is the mean over the trained wordings.
     """
     B, K = actions.shape
     mask = facts[:, 0] >= 0                                             # (B, S)
-    read = look_up(latents.read, facts, torch.randint(house.HELD_OUT, facts.shape))
-    read = read + cfg.noise * torch.randn_like(read)                    # (B, K+1, S, C)
-    target = F.embedding(facts.clamp(min=0), latents.centres())
-    said = look_up(latents.actions, actions, torch.randint(house.HELD_OUT, actions.shape))
-    said = said + cfg.noise * torch.randn_like(said)                    # (B, K, C)
+    read = in_any_wording(latents.read, facts, cfg.noise)               # (B, K+1, S, C)
+    said = in_any_wording(latents.actions, actions, cfg.noise)          # (B, K, C)
+    target = F.embedding(facts.clamp(min=0), latents.centres())         # (B, K+1, S, C)
     if cfg.given == "shuffled":
         said = said[torch.randperm(B)]                                  # (B, K, C)
     if cfg.given == "none":
         said = torch.zeros_like(said)
 
     def distance(predicted, step, mask):
-        """Mean square error of the slots that are in a mask."""
         error = (predicted - target[:, step]).square().mean(-1)
         return tjepa.masked_mean(error, mask, (0, 1))
 
@@ -132,29 +115,23 @@ def rollout_loss(model, cfg, latents, facts, actions):
     loss = loss + distance(same, 0, looked_at)
     # 4. inverse dynamics: which action was it?
     if cfg.inverse:
-        logits = model.which_action(read[:, 0], forced[0], mask)
+        logits = model.inverse(torch.cat((read[:, 0], forced[0]), dim=-1))  # (B, S, A)
+        logits = tjepa.masked_mean(logits, mask[..., None], 1)              # (B, A)
         loss = loss + cfg.inverse * F.cross_entropy(logits, actions[:, 0])
     return loss, dict(latent=forced_loss.detach())
 
-@functools.cache
-def rarities(n, steps):
-    """How often each part of n trajectories is drawn, (n * starts,): equal for all outcomes.
+def draw_walks(cfg, batch):
+    """Random parts of trajectories, all outcomes equally often: facts (B, K+1, S), actions (B, K).
 
-    The outcome is that of its first action: its kind (go, take, put), and whether it changes the
-    state. Without this one part in thirty puts something down.
+    An outcome is the kind of the first action, and whether it changes the state. In the text one
+    part in thirty puts something down.
     """
-    states, actions = house.walks(n)
-    starts = actions.size(1) - steps + 1
+    states, actions = house.walks(cfg.trajectories)
+    starts = actions.size(1) - cfg.rollout + 1
     kinds = torch.tensor([["go", "take", "put"].index(kind) for kind, _ in world.ACTIONS])
     changed = (states[:, 1:] != states[:, :-1]).any(-1)
     outcome = (2 * kinds[actions] + changed)[:, :starts].flatten()
-    return 1 / outcome.bincount()[outcome]
-
-def draw_walks(cfg, batch):
-    """Random parts of trajectories, all outcomes alike: facts (B, K+1, S), actions (B, K)."""
-    states, actions = house.walks(cfg.trajectories)
-    starts = actions.size(1) - cfg.rollout + 1
-    drawn = rarities(cfg.trajectories, cfg.rollout).multinomial(batch, replacement=True)
+    drawn = (1 / outcome.bincount()[outcome]).multinomial(batch, replacement=True)
     which, start = drawn[:, None] // starts, drawn[:, None] % starts
     steps = start + torch.arange(cfg.rollout + 1)
     return states[which, steps], actions[which, steps[:, :-1]]
@@ -165,7 +142,6 @@ def train_frozen(run, cfg):
     model = WorldModel(run.model)
 
     def loss_at(progress):
-        """Loss of random parts of trajectories."""
         return rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
     fit(run._replace(model=model), "distill", loss_at)
     if cfg.given == "none":             # it has none in planning either
@@ -175,28 +151,26 @@ def train_frozen(run, cfg):
 def train_joint(run, cfg):
     """Encoder and transition model together: phase 1 whose spans are next states.
 
-    The transition model reads the context encoder's last layer, and predicts the target encoder's
-    mean of layers. In a rollout it reads its own predictions instead: both pass one input map,
-    and the rollout loss teaches it that they mean the same.
+    The transition model reads the context encoder's last layer, or in a rollout its own
+    predictions, and predicts the target encoder's mean of layers.
     """
     model = WorldModel(run.model)
     tokenizer = run.corpus.tokenizer
     facts = house.sentences(tokenizer, world.say_fact, world.FACTS, cfg.block_size)
     actions = house.sentences(tokenizer, world.say_action, world.ACTIONS, cfg.block_size)
-    in_text = house.seen_facts()[:, None] & (torch.arange(world.N_WORDINGS) < house.HELD_OUT)
+    in_text = house.SEEN[:, None] & (torch.arange(world.N_WORDINGS) < house.HELD_OUT)
     known = in_text.flatten().nonzero()[:, 0]
 
     def latents_now():
         """`house.Latents` of the encoders as they are; the context encoder's have a gradient."""
         with torch.no_grad():
             target = model.encode_sentences(facts, model.target_encoder, cfg.top_k)
-        read = model.encode_sentences(facts, model.context_encoder, 1)
-        said = model.encode_sentences(actions, model.context_encoder, 1)
+        read, said = (model.encode_sentences(tokens, model.context_encoder, 1)
+                      for tokens in (facts, actions))
         tables = (part.unflatten(0, (-1, world.N_WORDINGS)) for part in (target, read, said))
         return house.Latents(*tables)
 
     def loss_at(progress):
-        """Loss of random parts of trajectories, and SIGReg of the sentences of the text."""
         latents = latents_now()
         loss, stats = rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
         if cfg.sigreg:
@@ -207,29 +181,20 @@ def train_joint(run, cfg):
     with torch.no_grad():
         return model.transition.eval(), latents_now()
 
-# -- speech ----------------------------------------------------------------------------------------
-
 def teach_speech(run, cfg, latents):
     """Phase 3 on states: latents of sentences of the text -> the first wording of their fact."""
+    seen = house.SEEN.nonzero()[:, 0]
+    first = [world.say_fact(fact) for fact in world.FACTS]
     tokenizer = run.corpus.tokenizer
-    seen = house.seen_facts().nonzero()[:, 0]
-    first = [" " + world.say_fact(fact) for fact in world.FACTS]
-    answers = data.pack(tokenizer, first, cfg.answer_size - 1, "--answer_size")
-    answers = F.pad(answers, (0, 1), value=tokenizer.pad)
-    ends = (answers != tokenizer.pad).sum(1, keepdim=True)
-    answers = answers.scatter(1, ends, tokenizer.eos)                   # (F, L)
+    answers = data.pack_answers(tokenizer, first, cfg.answer_size - 1, "--answer_size")
+    answers = train.with_end(answers, tokenizer)                        # (F, L)
     centres = latents.centres()
-    model = run.model
 
     def loss_at(progress):
-        """Loss of random sentences: half of them in a wording, half as the mean of the wordings."""
+        # half of the sentences in a wording, half as the mean of the wordings
         fact = seen[torch.randint(len(seen), (cfg.qa_batch_size,))]
         worded = latents.facts[fact, torch.randint(house.HELD_OUT, fact.shape)]
         latent = torch.where(torch.rand(len(fact), 1) < 0.5, worded, centres[fact])
-        thought = tjepa.Thought(latent, latent[:, None], torch.ones(len(fact), 1).bool())
-        return model.speak_loss(thought, answers[fact], centres[fact], alpha=0.0)
+        thought = tjepa.thought_of(latent)
+        return run.model.speak_loss(thought, answers[fact], centres[fact], alpha=0.0)
     fit(run, "speak", loss_at)
-
-def speak(run, slots):
-    """Sentences of latents (n, C): a list of n strings."""
-    return evaluate.say(run, tjepa.thought_of(slots))

@@ -1,12 +1,15 @@
-"""How labs run and open a T-JEPA: an arm's Config, its run on disk, and a quiet `train.fit`."""
+"""How labs run and open a T-JEPA: an arm's Config, its run on disk, a quiet `train.fit`, speech."""
 import dataclasses
 import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
+import evaluate
 import report
+import tjepa
 import train
 from labs import variants
 
@@ -79,6 +82,20 @@ def open_run(cfg, corpus=None, fresh=()):
         concepts = saved["concepts"].to(device)
     return train.Run(made, model, corpus, device, dtype, questions, concepts)
 
+def shared_run(cfg, corpus, name, **changes):
+    """A `train.Run` after phase 1, with changes, which arms with the same train.Config share.
+
+    It is trained if the folder, beside the arm's, is not there: `name` and a hash of what matters.
+    """
+    wanted = plain(cfg, phase="pretrain", out=name, **changes)
+    key = f"{wanted} {model_of(cfg)} {corpus.fingerprint}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder = Path(cfg.out).with_name(f"{name}_{digest}")
+    out = dict(out=str(folder))
+    if not (folder / "ckpt.pt").exists() or not train.load_checkpoint(folder)["evaluated"]:
+        train.run(dataclasses.replace(wanted, **out), corpus, model_of(cfg))
+    return open_run(dataclasses.replace(cfg, **out, **changes), corpus)
+
 def fit(run, phase, loss_at, measure=None):
     """`train.fit` without checkpoints and curves: what it trains is measured afterwards."""
     Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
@@ -86,3 +103,18 @@ def fit(run, phase, loss_at, measure=None):
     train.fit(run, phase, loss_at, measure or (lambda whole: {}), log,
               save=lambda step, optimizer, evaluated: None)
     return log
+
+def speak(run, latents):
+    """What the decoder says of latents (n, C): a list of n strings."""
+    return evaluate.say(run, tjepa.thought_of(latents))
+
+def share_said(run, latents, wanted, texts):
+    """The share of rows of latents (n, S, C) that are said without any error.
+
+    wanted: numbers of texts (n, S), -1 in slots of which nothing is to be said.
+    """
+    used = wanted >= 0
+    said = zip(speak(run, latents[used]), wanted[used].tolist())
+    right = torch.ones_like(used)
+    right[used] = torch.tensor([text == texts[i] for text, i in said])
+    return right.all(1).float().mean().item()
