@@ -5,17 +5,14 @@ Does one decoder speak about pictures that it has learned to speak about from te
     python -m labs.seeing --fast      a minute on one core: does it run?
 
 VL-JEPA's method [Chen et al. 2025, https://arxiv.org/abs/2512.10942] at the size of a lesson. The
-text side reads sentences about coloured shapes and facts about countries (data/scenes/prepare.py),
-in the three phases of train.py. Then all of it is frozen. A patch encoder and a predictor learn
+text side reads data/scenes in the three phases of train.py. Then all of it is frozen. A patch
+encoder and a predictor (labs/seeing_model.py) learn
 
     picture, question  ->  the latents that the text side gives to the sentences of the answer
 
-and the frozen decoder says them. A caption has one latent for each place of the picture, a sentence
-or "Nothing more.", as a state of the planning lab has one for each fact: one latent for a whole
-caption would have to hold some 27 bits that a small decoder must unbind.
-
-    labs/seeing_model.py    words, the text side, eyes, training
-    labs/streams.py         frames that change at random times: when is decoding needed?
+and the frozen decoder says them. One latent for a whole caption would have to hold some 27 bits
+that a small decoder must unbind, so it has one for each place of the picture, a sentence or
+"Nothing more.". labs/streams.py asks when decoding is needed; labs/pages/seeing.md says more.
 
 Expected before the first run: pictures of seen combinations are captioned and asked about with .95
 exact match. MSE ties with InfoNCE or is ahead, because the decoder wants the latent itself and not
@@ -30,17 +27,19 @@ as good, at each rate of change; where a scene changes every fifth frame it may 
 import dataclasses
 import random
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
 import tjepa
+import train
 from data.scenes import prepare as world
 from labs import seeing_model as eyes
-from labs.arms import Flags, chosen, in_short, main, run_arms
+from labs.arms import in_short, main, run_arms
 from labs.measures import logistic_probe
-from labs.runs import Arm
+from labs.runs import Arm, share_said
 from labs.streams import stream_figures
 
 @dataclasses.dataclass
@@ -63,9 +62,7 @@ class Config(Arm):
         tjepa.check(self, (
             ("eye", *tjepa.one_of("trained", "random", "shuffled", "blind")),
             ("decoder", *tjepa.one_of("frozen", "tuned", "fresh")),
-            ("distance", *tjepa.one_of("mse", "infonce", "mse + infonce")),
-            ("eye_layer asked documents", *tjepa.within(1, 10 ** 6)),
-        ))
+            ("distance", *tjepa.one_of("mse", "infonce", "mse + infonce"))))
 
 # One text side for all arms of a seed: latents and tokens, in a small size.
 BASE = Config(
@@ -73,7 +70,7 @@ BASE = Config(
     vocab_size=512, answer_size=16, dtype="fp32", batch_size=32, qa_batch_size=64,
     pretrain_steps=400, pretrain_lr=2e-3, distill_steps=300, distill_lr=1e-3,
     speak_steps=1200, speak_lr=2e-3, noise=0.3, eval_every=10 ** 9)
-ARMS = {
+CHANGES = {
     "MSE + InfoNCE": dict(streams=8),
     # questions of seed 2 failed in the arm above: chosen with that seed and other pictures
     "4 blocks and 3300 steps": dict(eye_layer=4, picture_steps=3300),
@@ -87,17 +84,16 @@ ARMS = {
     "shuffled pictures": dict(eye="shuffled"),
     "question without picture": dict(eye="blind"),
 }
+ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
 
 # -- figures ---------------------------------------------------------------------------------------
 
-class Speaker:
+class Speaker(NamedTuple):
     """A trained arm that is asked: text side, words and eyes. Draws follow from the task seed."""
-
-    def __init__(self, run, words, seer, cfg):
-        self.run = run
-        self.words = words
-        self.seer = seer
-        self.cfg = cfg
+    run: train.Run
+    words: eyes.Words
+    seer: eyes.Seer
+    cfg: Config
 
     def draws(self, name):
         """A generator of Python and one of numpy for a figure."""
@@ -115,18 +111,9 @@ class Speaker:
         return torch.cat([self.seer.think(self.words, eyes.Batch(*some))
                           for some in zip(*(part.split(256) for part in batch))])
 
-    def right(self, thoughts, answer):
-        """Is everything said right? thoughts (B, S, C), answer (B, S) -> bool (B,)."""
-        used = answer >= 0
-        said = eyes.speak(self.run, thoughts[used])
-        wanted = [self.words.texts[i] for i in answer[used].tolist()]
-        wrong = torch.zeros_like(used)
-        wrong[used] = torch.tensor([a != b for a, b in zip(said, wanted)])
-        return ~wrong.any(1)
-
     def exact(self, batch):
         """Exact match: the share of answers that are said without error, captions as a whole."""
-        return self.right(self.think(batch), batch.answer).float().mean().item()
+        return share_said(self.run, self.think(batch), batch.answer, self.words.texts)
 
 def with_other_pictures(batch):
     """Each question beside the picture of another row."""
@@ -137,9 +124,9 @@ def spoken_figures(speaker):
     found = {}
     for what in ("caption", "question", "flag"):
         batch = speaker.examples(what)
+        new_words = speaker.examples(what, wordings=[world.HELD_OUT])
         found[what] = speaker.exact(batch)
         found[f"{what}_shuffled"] = speaker.exact(with_other_pictures(batch))
-        new_words = speaker.examples(what, wordings=[world.HELD_OUT])
         found[f"{what}_wording"] = speaker.exact(new_words)
         if what != "flag":
             for kind in ("new", "pair", "unheard"):
@@ -147,31 +134,27 @@ def spoken_figures(speaker):
     return found
 
 @torch.no_grad()
-def said_of_text(run, words, cfg, wordings):
-    """What the text side answers to questions about countries: (said, wanted), lists of n."""
+def text_figure(run, words, cfg):
+    """Exact match of questions about countries in all wordings, without pictures."""
+    wordings = range(world.N_WORDINGS)
     tokens, answers = eyes.fact_questions(run.corpus.tokenizer, words, cfg, wordings)
     said = eyes.speak(run, run.model.think(tokens).latent)
-    return said, [words.texts[i] for i in answers.tolist()]
+    right = [text == words.texts[i] for text, i in zip(said, answers.tolist())]
+    return sum(right) / len(right)
 
-def text_figure(run, words, cfg, wordings):
-    """Exact match of questions about countries, without pictures."""
-    pairs = list(zip(*said_of_text(run, words, cfg, wordings)))
-    return sum(a == b for a, b in pairs) / len(pairs)
-
-def hop_figures(speaker):
+@torch.no_grad()
+def hop(speaker):
     """See, speak, think again: the country that is said of a flag is asked for its capital."""
-    batch = speaker.examples("flag")
-    said = eyes.speak(speaker.run, speaker.think(batch)[:, 0])
-    capitals = {country: answer for country, relation, answer in world.facts()
-                if relation == "capital"}
-    tokenizer = speaker.run.corpus.tokenizer
+    batch, run = speaker.examples("flag"), speaker.run
+    said = eyes.speak(run, speaker.think(batch)[:, 0])
     asked = [world.fill(world.FACTS["capital"][1][0], s=country) for country in said]
-    tokens = data.pack_questions(tokenizer, asked, speaker.cfg.block_size)
-    with torch.no_grad():
-        answers = eyes.speak(speaker.run, speaker.run.model.think(tokens).latent)
-    countries = [speaker.words.texts[i] for i in batch.answer[:, 0].tolist()]
-    right = [capitals[country] == answer for country, answer in zip(countries, answers)]
-    return dict(hop=sum(right) / len(right))
+    tokens = data.pack_questions(run.corpus.tokenizer, asked, speaker.cfg.block_size)
+    answers = eyes.speak(run, run.model.think(tokens).latent)
+    capitals = {country: capital for country, relation, capital in world.facts()
+                if relation == "capital"}
+    right = [capitals[speaker.words.texts[i]] == answer
+             for i, answer in zip(batch.answer[:, 0].tolist(), answers)]
+    return sum(right) / len(right)
 
 def retrieval(speaker, n=1000):
     """R@1: is the own caption the nearest of n different ones, by the latents of its sentences?"""
@@ -193,9 +176,9 @@ def probes(speaker, n=1000):
     x = speaker.seer.eye(pictures).mean(1)
     cuts = n * 3 // 5, n * 4 // 5
     found = {}
-    for name, values in (("colour", list(world.COLOURS)), ("shape", world.SHAPES),
+    for name, values in (("colour", [*world.COLOURS]), ("shape", world.SHAPES),
                          ("place", range(len(world.PLACES)))):
-        y = torch.tensor([list(values).index(getattr(thing, name)) for thing in things])
+        y = torch.tensor([values.index(getattr(thing, name)) for thing in things])
         parts = zip(x.tensor_split(cuts), y.tensor_split(cuts))
         found[f"probe_{name}"] = logistic_probe(*parts)[0]
     return found
@@ -206,49 +189,39 @@ def measure(cfg):
     started = time.process_time()
     run, words = eyes.open_text(cfg)
     text_seconds = time.process_time() - started
-    every = range(world.N_WORDINGS)
-    before = text_figure(run, words, cfg, every)
+    before = text_figure(run, words, cfg)
     seer, seconds = eyes.train_seer(run, words, cfg)
     speaker = Speaker(run, words, seer, cfg)
     found = spoken_figures(speaker)
-    after = text_figure(run, words, cfg, every)
-    found |= dict(text=before, text_lost=before - after) | hop_figures(speaker) | probes(speaker)
-    found |= dict(retrieval=retrieval(speaker), seconds=seconds, text_seconds=text_seconds)
+    found |= dict(text=before, text_lost=before - text_figure(run, words, cfg), hop=hop(speaker),
+                  retrieval=retrieval(speaker), seconds=seconds, text_seconds=text_seconds)
+    found |= probes(speaker)
     if cfg.streams:
         found |= stream_figures(speaker, cfg.streams) | costs(speaker)
     return found
 
 def costs(speaker):
     """CPU milliseconds, one picture at a time: a thought, and the sentences of a caption."""
-    batch = speaker.examples("caption")
-    n = min(30, len(batch.pictures))
-    found = dict(ms_think=0.0, ms_speak=0.0)
-    for i in range(n):
-        begun = time.process_time()
-        thoughts = speaker.think(eyes.Batch(*(part[i:i + 1] for part in batch)))
-        between = time.process_time()
-        eyes.speak(speaker.run, thoughts[0])
-        found["ms_think"] += (between - begun) / n * 1000
-        found["ms_speak"] += (time.process_time() - between) / n * 1000
-    return found
-
-# -- the whole -------------------------------------------------------------------------------------
-
-def arms_of(base):
-    """The arms, name -> Config."""
-    return {name: dataclasses.replace(base, **change) for name, change in ARMS.items()}
+    singles = zip(*(part[:30].split(1) for part in speaker.examples("caption")))
+    begun = time.process_time()
+    thoughts = [speaker.think(eyes.Batch(*single)) for single in singles]
+    between = time.process_time()
+    for thought in thoughts:
+        eyes.speak(speaker.run, thought[0])
+    ended = time.process_time()
+    n = len(thoughts) / 1000
+    return dict(ms_think=(between - begun) / n, ms_speak=(ended - between) / n)
 
 def seeing(flags):
     """Run the arms; `python -m labs.plots seeing` draws the page."""
+    arms = ARMS
     if flags.fast:
         print("labs.seeing --fast: a minute on one core; its figures mean nothing")
+        flags = dataclasses.replace(flags, seeds=1, redo=True)
         arms = {name: dataclasses.replace(in_short(cfg), picture_steps=2, documents=200, asked=10,
                                           streams=min(1, cfg.streams))
-                for name, cfg in arms_of(BASE).items()}
-        run_arms("seeing", arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
-        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
-        return
-    run_arms("seeing", arms_of(BASE), flags, measure)
+                for name, cfg in ARMS.items()}
+    run_arms("seeing", arms, flags, measure)
 
 if __name__ == "__main__":
-    main(seeing, Flags)
+    main(seeing)

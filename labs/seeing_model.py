@@ -1,14 +1,9 @@
 """
 The models of the seeing lab: a text side that learns to speak, and eyes before it.
 
-    Words           all that can be said, with latents, and all that can be asked
-    open_text       the text side: phases 1, 2 and 3 of train.py on the text of data/scenes
-    Seer            a patch encoder, and a predictor: picture and question -> latents of the answer
-    train_seer      pictures are learned with everything of the text side frozen
-    speak           the text side's decoder puts latents into words
-
 cfg is a `labs.seeing.Config`. Shapes: B pictures, P = 9 patches, T tokens of a question, S = 9
 slots (a caption has one for each place, an answer slot 0), N sayable texts, W wordings, C width.
+`speak` of labs/runs.py says a latent.
 """
 import dataclasses
 import functools
@@ -24,15 +19,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import data
-import evaluate
 import tjepa
 import train
 from data.scenes import prepare as world
 from labs.measures import features
-from labs.runs import corpus_from, fit, model_of, open_run, plain
+from labs.runs import corpus_from, fit, plain, shared_run, speak
 
 PATCH = 16                              # pixels of a side: as large as a cell of the grid of places
-N_PATCHES = (world.SIZE // PATCH) ** 2
 S = len(world.PLACES)
 
 # -- text ------------------------------------------------------------------------------------------
@@ -85,15 +78,16 @@ def words_of(model, tokenizer, cfg):
     unheard = {world.say(thing) for thing in world.BY_KIND["unheard"]}
     named = torch.tensor([text not in unheard for text in texts])
     model.fit_answer_scale(latents[named])
-    ids = train.with_end(data.pack_answers(tokenizer, texts, cfg.answer_size - 1, "--answer_size"),
-                         tokenizer)
+    ids = data.pack_answers(tokenizer, texts, cfg.answer_size - 1, "--answer_size")
     asked = [world.ask(kind, dict(words), wording) for kind, words in askable()
              for wording in range(world.N_WORDINGS)]
     tokens = data.pack_questions(tokenizer, asked, cfg.block_size)
-    questions = model.encode(tokens).unflatten(0, (-1, world.N_WORDINGS))
-    real = (tokens != tokenizer.pad).unflatten(0, (-1, world.N_WORDINGS))
-    return Words(texts, {text: i for i, text in enumerate(texts)}, model.standardise(latents), ids,
-                 named, questions, real)
+    tokens = tokens.unflatten(0, (-1, world.N_WORDINGS))                # (questions, W, T)
+    return Words(
+        texts=texts, number={text: i for i, text in enumerate(texts)},
+        latents=model.standardise(latents), ids=train.with_end(ids, tokenizer), named=named,
+        questions=model.encode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]),
+        asked=tokens != tokenizer.pad)
 
 def fact_questions(tokenizer, words, cfg, wordings):
     """Questions of text about countries: tokens (n, T), and the number of each answer (n,)."""
@@ -111,13 +105,12 @@ def teach_text(run, words, cfg):
     named = words.named.nonzero()[:, 0]
 
     def think_loss(progress):
-        """Phase 2: the latent of the answer."""
         which = torch.randint(len(questions), (cfg.qa_batch_size,))
         return model.distill_loss(questions[which], words.latents[answers[which]])
     fit(run, "distill", think_loss)
 
     def echo_loss(progress):
-        """Phase 3: half of the rows are sentences of captions, which are most of the texts."""
+        # half of the rows are answers: most of the texts are sentences of captions
         which = named[torch.randint(len(named), (cfg.qa_batch_size,))]
         short = named[len(world.NAMED):]
         which = torch.where(torch.rand(len(which)) < 0.5,
@@ -126,29 +119,17 @@ def teach_text(run, words, cfg):
         return model.speak_loss(tjepa.thought_of(latent), words.ids[which], latent, alpha=0.0)
     fit(run, "speak", echo_loss)
 
-# what the text side does not depend on
-LATER = "threads out eval_every device".split()
-
 def open_text(cfg):
     """The text side after its three phases: (`train.Run`, `Words`). Arms of a seed share it."""
-    name = f"text {cfg.variant} steps {cfg.pretrain_steps}".replace(" ", "_")
-    folder = Path(cfg.out).with_name(f"{name}_{cfg.seed}")
     corpus = corpus_of(cfg.block_size, cfg.vocab_size, cfg.documents)
-    wanted = plain(cfg, phase="pretrain", out=str(folder))
-    fields = {name: value for name, value in dataclasses.asdict(wanted).items()
-              if name not in LATER} | dict(fingerprint=corpus.fingerprint)
-    path = folder / "speaks.pt"
-    saved = torch.load(path, weights_only=True) if path.exists() else None
-    there = saved is not None and saved["fields"] == fields
-    if not there:
-        train.run(wanted, corpus, model_of(cfg))
-    run = open_run(dataclasses.replace(cfg, out=str(folder)), corpus)
-    if there:
-        run.model.load_state_dict(saved["model"])
+    run = shared_run(cfg, corpus, "text")
     words = words_of(run.model, corpus.tokenizer, cfg)
-    if not there:
+    path = Path(run.cfg.out) / "speaks.pt"
+    if path.exists():
+        run.model.load_state_dict(torch.load(path, weights_only=True))
+    else:
         teach_text(run, words, cfg)
-        torch.save(dict(fields=fields, model=run.model.state_dict()), path.with_suffix(".new"))
+        torch.save(run.model.state_dict(), path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
     return run._replace(cfg=plain(cfg), model=run.model.eval().requires_grad_(False)), words
 
@@ -161,62 +142,56 @@ class Batch(NamedTuple):
     wording: torch.Tensor       # (B,)
     answer: torch.Tensor        # (B, S) numbers of texts, -1 in slots that an answer does not need
 
-def batch_of(words, pictures, asked, wordings):
-    """asked: a list of ((kind, words), texts of the answer); wordings: a list."""
-    numbers = askable()
-    question = [numbers[kind, tuple(some.items())] for (kind, some), _ in asked]
+def batch_of(words, pictures, asked, wordings, random_):
+    """A `Batch` in random ones of wordings; asked: (kind, words, texts of the answer) of each."""
+    question = [askable()[kind, tuple(some.items())] for kind, some, _ in asked]
     answer = [[words.number[text] for text in texts] + [-1] * (S - len(texts))
-              for _, texts in asked]
-    return Batch(torch.from_numpy(pictures), torch.tensor(question), torch.tensor(wordings),
-                 torch.tensor(answer))
+              for _, _, texts in asked]
+    drawn = [random_.choice(wordings) for _ in asked]
+    parts = (torch.tensor(part) for part in (question, drawn, answer))
+    return Batch(torch.from_numpy(pictures), *parts)
 
 def captions(words, scenes, rng, wordings=range(world.HELD_OUT), look=None, random_=random):
     """A `Batch` that asks for the caption of each scene; look: as in `world.render`."""
-    asked = [(("caption", {}), world.caption(scene)) for scene in scenes]
-    drawn = [random_.choice(wordings) for _ in scenes]
-    return batch_of(words, world.render(scenes, rng, look), asked, drawn)
+    asked = [("caption", {}, world.caption(scene)) for scene in scenes]
+    return batch_of(words, world.render(scenes, rng, look), asked, wordings, random_)
 
 def examples(words, n, random_, rng, what, kind="seen", wordings=range(world.HELD_OUT)):
-    """A random `Batch` of n pictures; what: caption | question | flag. kind: of an object of each
-    scene, as in `world.draw_scene`."""
+    """A random `Batch` of n pictures; what: caption | question | flag. kind: as in
+    `world.draw_scene`, of an object of each scene."""
     if what == "flag":
         countries = [random_.choice(world.COUNTRIES) for _ in range(n)]
         pictures = world.render_flags(countries, rng)
-        asked = [(("flag", {}), [country]) for country in countries]
-        return batch_of(words, pictures, asked, [random_.choice(wordings) for _ in range(n)])
+        asked = [("flag", {}, [country]) for country in countries]
+        return batch_of(words, pictures, asked, wordings, random_)
     scenes = [world.draw_scene(random_, kind) for _ in range(n)]
     if what == "caption":
         return captions(words, scenes, rng, wordings, random_=random_)
     drawn = [world.draw_question(random_, scene) for scene in scenes]
-    asked = [((kind, some), [answer]) for kind, some, answer in drawn]
-    return batch_of(words, world.render(scenes, rng), asked,
-                    [random_.choice(wordings) for _ in range(n)])
+    asked = [(kind, some, [answer]) for kind, some, answer in drawn]
+    return batch_of(words, world.render(scenes, rng), asked, wordings, random_)
 
 def lesson(words, n):
     """A training batch of n pictures: captions, questions and flags, 2 : 4 : 2."""
     seed = torch.randint(2 ** 62, ()).item()
     random_, rng = random.Random(seed), np.random.default_rng(seed)
-    parts = [examples(words, share, random_, rng, what)
-             for what, share in (("caption", n // 4), ("question", n - 2 * (n // 4)),
-                                 ("flag", n // 4))]
+    shares = dict(caption=n // 4, question=n - 2 * (n // 4), flag=n // 4)
+    parts = [examples(words, share, random_, rng, what) for what, share in shares.items()]
     return Batch(*(torch.cat(one) for one in zip(*parts)))
 
 # -- eyes ------------------------------------------------------------------------------------------
 
-def no_rope(cfg):
-    """Rotates by nothing: positions are learned here, because a picture has two dimensions."""
-    return torch.ones(1, cfg.n_embd // cfg.n_head // 2, dtype=torch.cfloat)
-
 class PatchEncoder(nn.Module):
-    """A small vision transformer, made of the blocks of tjepa.py."""
+    """A small vision transformer, made of the blocks of tjepa.py; its positions are learned."""
 
     def __init__(self, cfg):
         super().__init__()
         self.patch_proj = nn.Linear(PATCH * PATCH * 4, cfg.n_embd)
-        self.place_embed = nn.Parameter(torch.randn(N_PATCHES, cfg.n_embd) * 0.5)
+        self.place_embed = nn.Parameter(torch.randn(S, cfg.n_embd) * 0.5)
         blocks = (tjepa.Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.eye_layer))
         self.blocks = nn.ModuleList(blocks)
-        self.register_buffer("rope", no_rope(cfg), persistent=False)
+        # position 0 alone, which rotates by nothing
+        self.register_buffer("rope", tjepa.rotary(1, cfg.n_embd // cfg.n_head), persistent=False)
 
     def forward(self, pictures):
         """pictures (B, SIZE, SIZE, 3) -> latents of the patches (B, P, C)."""
@@ -243,7 +218,8 @@ class EyePredictor(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(cfg.n_embd)
         self.latent_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
-        self.register_buffer("rope", no_rope(cfg), persistent=False)
+        # position 0 alone, which rotates by nothing
+        self.register_buffer("rope", tjepa.rotary(1, cfg.n_embd // cfg.n_head), persistent=False)
 
     def forward(self, patches, question, asked):
         """patches (B, P, C), question (B, T, C) with mask (B, T) -> predicted latents (B, S, C)."""
@@ -293,7 +269,7 @@ class Seer(nn.Module):
         return self.predictor(patches, question, asked[:, :longest])
 
 def infonce(predicted, number, latents):
-    """InfoNCE among the different answers of a batch: predicted (n, C), number (n,) of texts.
+    """InfoNCE of predicted (n, C) among the different answers of a batch, number (n,) of texts.
 
     An answer that occurs twice is one candidate: it is not its own rival.
     """
@@ -339,7 +315,6 @@ def train_seer(run, words, cfg):
     seer = Seer(cfg, jepa, words)
 
     def loss_at(progress):
-        """Loss of a random batch; its answers belong to other pictures in one control."""
         batch = lesson(words, cfg.qa_batch_size)
         if cfg.eye == "shuffled":
             batch = batch._replace(pictures=batch.pictures[torch.randperm(len(batch.pictures))])
@@ -348,7 +323,3 @@ def train_seer(run, words, cfg):
     settings = dict(distill_steps=cfg.picture_steps, distill_lr=cfg.picture_lr)
     fit(run._replace(model=seer, cfg=plain(cfg, **settings)), "distill", loss_at)
     return seer.eval(), time.process_time() - started
-
-def speak(run, latents):
-    """Texts of latents (n, C): a list of n strings."""
-    return evaluate.say(run, tjepa.thought_of(latents))
