@@ -9,30 +9,28 @@ Expected before the first run: without stop-gradient, EMA or predictor the laten
 positions collapse onto position; the paper's recipe loses rank but does not collapse; SIGReg,
 VICReg and InfoNCE cure it.
 
-Each arm is the paper's recipe with one change, except train.py's recipes and the masked LM. Arms
-share tokens, the width of the encoder, seeds and one learning rate, which was not tuned for each.
-After phase 1 an arm is judged by a probe (on which continent is the country of a question?), the
-cloze, and a short phase 2 (R@1 of LAT facts). The health word depends on none of these: its
-thresholds come from seed 0 of every second arm, and the last table checks it on the other seeds.
+Each arm is the paper's recipe with one change, except train.py's recipes and the masked LM. The
+learning rate was not tuned for each. After phase 1 an arm is judged by a probe (on which continent
+is the country of a question?), the cloze, and a short phase 2 (R@1 of LAT facts).
 """
 import dataclasses
 import math
 import statistics
 from collections import Counter
-from contextlib import redirect_stdout
+from functools import partial
 
 import torch
 
 import data
-import report
 import tjepa
 import train
-from labs.arms import chosen, in_short, main, run_arms
+from labs.arms import in_short, main, run_arms
 from labs.controls import MASKED_LM
+from labs.facts import quietly
 from labs.measures import PENALTIES, content_sensitivity, features
 from labs.probes import Probe, accuracy, continents, folds
 from labs.runs import Arm, open_run, train_arm
-from labs.tables import by_seed, markdown, over_seeds, publish, table
+from labs.tables import by_seed, markdown, publish
 
 BASE = Arm(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100,
            **train.RECIPES["paper"])
@@ -64,11 +62,6 @@ CHANGES = {
     "recipe=collapse": LATENT | train.RECIPES["collapse"],
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
-COLUMNS = {"rank / bound": "share", "std": "std", "cos": "cos", "position": "pos", "R2": "val_r2",
-           "hit1": "hit1", "content": "content", "probe": "probe", "cloze": "cloze_capital",
-           "R@1 LAT trained": "r1_LAT", "R@1 LAT held-out": "r1_LAT_heldout"}
-
-# -- an arm ----------------------------------------------------------------------------------------
 
 def content(run):
     """Content sensitivity of the target, on held-out text."""
@@ -89,32 +82,22 @@ def measure(cfg):
     """An arm: phase 1, the figures of its latents, a short phase 2."""
     figures = train_arm(cfg, phase="pretrain")
     run = open_run(cfg)
-    figures["share"] = figures["rank"] / figures["bound"]
-    figures |= dict(content=content(run), probe=probe(run))
+    figures |= dict(share=figures["rank"] / figures["bound"], content=content(run),
+                    probe=probe(run))
     return figures | train_arm(cfg, phase="distill")
-
-def measure_quietly(cfg):
-    """`measure` for --fast: nothing is drawn, which takes longer than its steps, or printed."""
-    report.draw_curves = lambda *args, **kwargs: None
-    with redirect_stdout(None):
-        return measure(cfg)
-
-# -- is the health word right? ---------------------------------------------------------------------
 
 def verdicts(rows, arms):
     """How the thresholds of the health word were derived, and how often it is right: markdown.
 
-    Phase 1 of a run had a use if R@1 of LAT facts in held-out phrasing is 1.2 times that of a
-    random-init encoder. Thresholds: the highest spread of a run without use and the lowest of one
-    with use, in seed 0 of every second arm. The word is judged on the other seeds alone, because
-    the rule and the factor were chosen when seed 0 of all arms was known.
+    Phase 1 had a use if R@1 of LAT facts in held-out phrasing is 1.2 times that of random weights.
+    Thresholds: the highest spread of a run without use and the lowest of one with use, in seed 0 of
+    every second arm. The word is judged on the other seeds: seed 0 was known when these rules were
+    chosen.
     """
     rows = by_seed(rows)
-    if not rows:
-        return "The health word is judged seed by seed, and no figures by seed are kept."
     control = [row["r1_LAT_heldout"] for row in rows if row["arm"] == "random-init encoder"]
     if not control:
-        return "The health word is judged beside the arm random-init encoder, which was not run."
+        return "The health word is judged beside random-init encoder: no figures by seed are kept."
     random = statistics.mean(control)
     jepas = [arm for arm in arms if arm not in ("random-init encoder", "masked LM")]
     spreads = {True: [], False: []}
@@ -128,8 +111,8 @@ def verdicts(rows, arms):
         elif jepas.index(row["arm"]) % 2 == 1:
             spreads[useful].append(row["std"] * row["share"])
     lines = [["health word, on seeds not used to derive it", "phase 1 had a use", "it had none"]]
-    for word in ("healthy", "shrinking", "collapsed"):
-        lines.append([word, str(count[word, True]), str(count[word, False])])
+    lines += [[word, str(count[word, True]), str(count[word, False])]
+              for word in ("healthy", "shrinking", "collapsed")]
     right = count["healthy", True] + count["collapsed", False]
     low, high = max(spreads[False], default=math.nan), min(spreads[True], default=math.nan)
     return (f"{markdown(lines)}\n\nRight: {right} of {count.total()}. Derived: collapsed up to a "
@@ -137,20 +120,16 @@ def verdicts(rows, arms):
             f"between. R@1 of random-init: {random:.3f}.")
 
 def collapse(flags):
-    """Run the arms and print the tables, the lowest rank first."""
+    """Run the arms; print the tables of the lab's page, and whether the health word is right."""
     data.load(BASE)             # writes the facts if they are missing, before processes start
     if flags.fast:
         print("labs.collapse --fast: 75 seconds on one core; its figures mean nothing")
-        arms = {name: in_short(cfg) for name, cfg in ARMS.items()}
         flags = dataclasses.replace(flags, seeds=1, redo=True)
-        run_arms("collapse", arms, flags, measure_quietly)
-        print("\n".join(f"{name}: ran" for name in chosen(flags, arms)))
+        arms = {name: in_short(cfg) for name, cfg in ARMS.items()}
+        run_arms("collapse", arms, flags, partial(quietly, measure))
         return
     rows = run_arms("collapse", ARMS, flags, measure)
-    measured = {row["arm"] for row in rows}
-    shown = [arm for arm in ARMS if arm in measured]
-    shown.sort(key=lambda arm: over_seeds(rows, arm, "share").mean)
-    text = table(rows, shown, COLUMNS) + "\n\n" + verdicts(rows, list(ARMS))
+    text = page_tables("collapse", rows) + "\n\n" + verdicts(rows, list(ARMS))
     publish("collapse", rows, text, flags.table)
 
 if __name__ == "__main__":

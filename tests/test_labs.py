@@ -227,7 +227,8 @@ def test_figures_of_an_older_table_are_shown_and_are_not_seeds(tmp_path):
 
 
 @pytest.mark.parametrize("lab, columns, shown", (
-    ("collapse", collapse.COLUMNS, [arm for arm in collapse.ARMS if arm != "recipe=collapse"]),
+    ("collapse", {"share": "share", "R2": "val_r2"},
+     [arm for arm in collapse.ARMS if arm != "recipe=collapse"]),
     ("speaking", {"EM": "em_LAT_heldout", "TXT": "em_TXT_heldout"}, plots.arms_of("speaking", 1))))
 def test_a_table_of_the_repositorys_results_has_the_numbers_of_their_file(lab, columns, shown):
     lines = records.read_rows(records.file_of(lab, arms.Flags()))
