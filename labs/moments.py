@@ -10,8 +10,7 @@ import numpy as np
 
 import report
 
-# figures of a moment of the training: name on the page, columns of metrics.csv of which the first
-# measured one is shown, digits
+# figures of a moment: name on the page, columns of metrics.csv (the first measured one), digits
 FIGURES = (("latents", ("health",), None), ("loss of phase 1", ("loss_1",), 4),
            ("R2", ("val_r2",), 2), ("std", ("std",), 3),
            ("right thoughts, taught", ("r1_DEC_heldout", "r1_DEC"), 2),
@@ -33,9 +32,9 @@ def read_snapshot(path):
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
-        sizes = [arrays[name].shape[0] for name in ("concepts", "answers")]
-        sizes += [arrays[name].shape[0] for name in ("thoughts", "questions", "right")]
-        good = sizes[0] == sizes[1] and len(set(sizes[2:])) == 1
+        names = "concepts answers thoughts questions right".split()
+        concepts, answers, *asked = (arrays[name].shape[0] for name in names)
+        good = concepts == answers and len(set(asked)) == 1
         good = good and all(np.isfinite(arrays[name]).all() for name in ("concepts", "thoughts"))
     except (KeyError, IndexError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         good = False
@@ -46,12 +45,13 @@ def read_snapshot(path):
 def read_frames(folder):
     """The evaluations of a run, a list of `Frame`, and all rows of its metrics.csv."""
     rows, frames = report.read_metrics(folder), []
-    for number, row in enumerate(rows):
+    newest = dict(loss_1="-")
+    for row in rows:
+        newest = newest | row
+        if row["phase"] == "pretrain":
+            newest["loss_1"] = row.get("latent", newest["loss_1"])
         if row.keys() & {"val_r2", "threshold", "em_shuffled"}:
             path = Path(folder) / "snapshots" / f"{row['phase']}-{row['step']}.npz"
-            reading = [row for row in rows[:number + 1] if row["phase"] == "pretrain"]
-            newest = report.newest(rows[:number + 1])
-            newest["loss_1"] = report.newest(reading).get("latent", "-")
             frames.append(Frame(row["phase"], row["step"], newest, read_snapshot(path)))
     return frames, rows
 
@@ -76,14 +76,13 @@ def points_through_time(frames):
         concepts = frame.snapshot["concepts"].astype(float)
         thoughts = frame.snapshot["thoughts"].astype(float)
         mean, axes = principal_axes(concepts)
-        points = (concepts - mean) @ axes
         names = frame.snapshot["answers"].tolist()
         if after is not None:
-            both = [name for name in names if name in after]
-            u, _, v = np.linalg.svd(points[[names.index(name) for name in both]].T
-                                    @ np.array([after[name] for name in both]))
-            axes = axes @ u @ v
+            both = [i for i, name in enumerate(names) if name in after]
             points = (concepts - mean) @ axes
+            u, _, v = np.linalg.svd(points[both].T @ np.array([after[names[i]] for i in both]))
+            axes = axes @ u @ v
+        points = (concepts - mean) @ axes
         after = dict(zip(names, points))
         found.append((points, (thoughts - mean) @ axes))
     return found[::-1]
@@ -112,31 +111,25 @@ def figures_of(row):
         cells.append(value)
     return cells
 
-def nearest_frame(frames, phase, step):
-    """Of another run, the last evaluation that is not later than a step of a phase."""
-    order = report.PHASES.index
-    before = [frame for frame in frames if (order(frame.phase), frame.step) <= (order(phase), step)]
-    return (before or frames)[-1 if before else 0]
-
-def scaled(points, reach):
-    """Points as lists with four digits: the page has a map from -1 to 1."""
-    return [[round(float(x) / reach, 4) for x in point] for point in points]
-
 def run_through_time(frames, shown, answers, reach):
-    """A run as page.js moves it: a frame for each of `shown`, pairs of (phase, step)."""
+    """A run as page.js moves it: at each of `shown`, pairs of (phase, step), its last evaluation
+    that is not later. Points have four digits; `reach` becomes 1."""
     points = points_through_time(frames)
     last = next((frame.snapshot for frame in reversed(frames) if frame.snapshot), None)
-    run = dict(answers=None, right=[])
+    run = dict(answers=None, right=[], frames=[])
     if last:
         names = last["answers"].tolist()
-        run = dict(answers=[answers.index(name) if name in answers else 0 for name in names],
-                   right=[names.index(r) if r in names else -1 for r in last["right"].tolist()])
-    run["frames"] = []
+        run["answers"] = [answers.index(name) if name in answers else 0 for name in names]
+        run["right"] = [names.index(r) if r in names else -1 for r in last["right"].tolist()]
+    order = report.PHASES.index
     for phase, step in shown:
-        frame = nearest_frame(frames, phase, step)
-        found, moment = points[frames.index(frame)], {}
-        if found and len(found[0]) == len(run["answers"]) and len(found[1]) == len(run["right"]):
-            moment = dict(concepts=scaled(found[0], reach), thoughts=scaled(found[1], reach))
-        run["frames"].append(dict(figures=figures_of(frame.row), health=frame.row.get("health", ""),
-                                  **moment))
+        before = [i for i, frame in enumerate(frames)
+                  if (order(frame.phase), frame.step) <= (order(phase), step)]
+        number = before[-1] if before else 0
+        row, found = frames[number].row, points[number]
+        moment = dict(figures=figures_of(row), health=row.get("health", ""))
+        if found and list(map(len, found)) == [len(run["answers"]), len(run["right"])]:
+            for name, part in zip(("concepts", "thoughts"), found):
+                moment[name] = [[round(float(x) / reach, 4) for x in point] for point in part]
+        run["frames"].append(moment)
     return run
