@@ -1,8 +1,4 @@
-"""
-Healthy or collapsed: two short runs of phase 1, drawn by `python -m labs.figures --movie`.
-
-The default, and --recipe=collapse, which lacks stop-gradient, EMA and SIGReg.
-"""
+"""Healthy or collapsed: two short runs of phase 1, drawn by `python -m labs.figures --movie`."""
 import csv
 
 import numpy as np
@@ -20,11 +16,12 @@ from labs.runs import fit
 RUNS = {"default": ("python train.py", "#0072B2"),
         "collapse": ("python train.py --recipe=collapse", "#D55E00")}
 SHORT = dict(phase="pretrain", batch_size=32, pretrain_steps=240, eval_every=8)
-# column of health.csv -> title of its panel
-NUMBERS = {"loss": "latent loss", "val_r2": "R2 on held-out text", "std": "std of the latents",
-           "rank": "rank of the latents, at most 128", "hit1": "hit1, share of spans"}
-
-# -- two runs --------------------------------------------------------------------------------------
+# column of health.csv -> its panel
+NUMBERS = {"loss": dict(title="latent loss", yscale="log"),
+           "val_r2": dict(title="R2 on held-out text", ylim=(-1, 1)),
+           "std": dict(title="std of the latents", ylim=(0, 1.05)),
+           "rank": dict(title="rank of the latents, at most 128", ylim=(0, 132)),
+           "hit1": dict(title="hit1, share of spans")}
 
 @torch.no_grad()
 def answer_latents(run, items):
@@ -39,8 +36,14 @@ def answer_latents(run, items):
         latents.append(hidden[len(left):len(left) + len(answer)].mean(0))
     return torch.stack(latents).cpu().numpy()
 
-def record(recipe, folder):
-    """Train one short run of phase 1: its numbers and latents at each evaluation, as arrays."""
+def recorded(recipe, folder):
+    """Numbers and latents of a short run of phase 1 at each evaluation, as arrays.
+
+    The run is trained if the folder does not have them.
+    """
+    path = folder / f"{recipe}.npz"
+    if path.exists():
+        return dict(np.load(path))
     cfg = train.Config(recipe=recipe, out=str(folder / recipe), **SHORT | train.RECIPES[recipe])
     corpus = data.load(cfg)
     device, dtype = train.pick_device(cfg)
@@ -49,7 +52,6 @@ def record(recipe, folder):
     figures, latents = [], []
 
     def measure(whole):
-        """Keep the figures of this moment; the log gets none of them."""
         figures.append(evaluate.evaluate_text(run, rows=128))
         latents.append(answer_latents(run, corpus.cloze))
         return {}
@@ -57,36 +59,24 @@ def record(recipe, folder):
     steps = np.arange(len(latents)) * cfg.eval_every
     losses = {row["step"]: row.get("latent", np.nan) for row in log.rows}
     found = {name: np.array([row[name] for row in figures])
-             for name in ("val_r2", "std", "rank", "hit1", "chance", "health")}
-    found["loss"] = np.array([losses.get(step, np.nan) for step in steps])
-    found["relation"] = np.array([item.relation for item in corpus.cloze])
-    return found | dict(steps=steps, latents=np.stack(latents))
-
-def recorded(recipe, folder):
-    """The arrays of `record`; the run is trained if the folder does not have them."""
-    path = folder / f"{recipe}.npz"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **record(recipe, folder))
-    return dict(np.load(path))
-
-# -- latents.gif -----------------------------------------------------------------------------------
-
-def plane(latents, before=None):
-    """The two principal axes of latents (n, C), turned to agree with the frame before: (n, 2)."""
-    centred = latents - latents.mean(0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2]
-    points = centred @ axes[:2].T
-    if before is None:
-        return points
-    u, _, v = np.linalg.svd(points.T @ before)
-    return points @ u @ v
+             for name in ("val_r2", "std", "rank", "hit1", "chance")}
+    found |= dict(steps=steps, loss=np.array([losses.get(step, np.nan) for step in steps]),
+                  relation=np.array([item.relation for item in corpus.cloze]),
+                  latents=np.stack(latents))
+    np.savez_compressed(path, **found)
+    return found
 
 def frames_of(latents):
-    """The latents of each moment (frames, n, C) as points of a plane."""
-    frames = [plane(latents[0])]
-    for moment in latents[1:]:
-        frames.append(plane(moment, frames[-1]))
+    """The latents of each moment (frames, n, C) on their two principal axes, a list of (n, 2), each
+    turned to agree with the one before."""
+    frames = []
+    for moment in latents:
+        centred = moment - moment.mean(0)
+        points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+        if frames:
+            u, _, v = np.linalg.svd(points.T @ frames[-1])
+            points = points @ u @ v
+        frames.append(points)
     return frames
 
 def draw_movie(runs, folder):
@@ -97,21 +87,18 @@ def draw_movie(runs, folder):
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     clouds = []
-    for axis, run in zip(axes, runs.values()):
-        groups = []
+    for axis, (name, run) in zip(axes, runs.items()):
         for number, relation in enumerate(sorted(set(run["relation"]))):
             dots = axis.scatter([], [], s=11, color=f"C{number}", label=relation.replace("_", " "))
-            groups.append((dots, run["relation"] == relation))
+            clouds.append((dots, name, run["relation"] == relation))
         axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
-        clouds.append(groups)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                   fontsize=9, frameon=False, markerscale=1.6)
 
     def show(number):
-        """Move the points to one frame."""
-        for axis, groups, (name, run) in zip(axes, clouds, runs.items()):
-            for dots, mine in groups:
-                dots.set_offsets(frames[name][number][mine])
+        for dots, name, mine in clouds:
+            dots.set_offsets(frames[name][number][mine])
+        for axis, (name, run) in zip(axes, runs.items()):
             axis.set_title(f"{RUNS[name][0]}\nstep {run['steps'][number]}:  "
                            f"std {run['std'][number]:.2f}   R2 {run['val_r2'][number]:.2f}",
                            fontsize=10)
@@ -120,24 +107,18 @@ def draw_movie(runs, folder):
     order = [0, 0, *range(last + 1), *[last] * 12]
     FuncAnimation(figure, show, order).save(folder / "latents.gif", PillowWriter(fps=6), dpi=80)
 
-# -- health.png ------------------------------------------------------------------------------------
-
 def draw_health(runs, folder):
     """health.png: loss, R2, std, rank and hit1 of both runs; health.csv has the numbers."""
     figure = Canvas((11, 5.6), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for axis, (column, title) in zip(axes, NUMBERS.items()):
+    for axis, (column, panel) in zip(axes, NUMBERS.items()):
         for name, run in runs.items():
             label, colour = RUNS[name]
             there = np.isfinite(run[column])
             axis.plot(run["steps"][there], run[column][there], color=colour, lw=2.2, label=label)
-        axis.set(title=title, xlabel="optimizer step of phase 1")
+        axis.set(xlabel="optimizer step of phase 1", **panel)
         axis.grid(color="0.92")
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(-1, 1)
     axes[1].axhline(0, color="0.3", ls="--", lw=1)
-    axes[2].set_ylim(0, 1.05)
-    axes[3].set_ylim(0, 132)
     axes[4].axhline(runs["default"]["chance"][-1], color="0.3", ls="--", lw=1)
     axes[5].axis("off")
     axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=12)
