@@ -2,7 +2,7 @@
 Why doesn't it collapse? Phase 1 with one part removed or added.
 
     python -m labs.collapse                 3 seeds of each arm, 4 minutes a run on one core
-    python -m labs.collapse --fast          75 seconds on one core: does it run?
+    python -m labs.collapse --fast          100 seconds on one core: does it run?
     python report.py out/labs/collapse/*_0  the curves of the runs with seed 0
 
 Expected before the first run: without stop-gradient, EMA or predictor the latents collapse; learned
@@ -123,7 +123,7 @@ def collapse(flags):
     """Run the arms; print the tables of the lab's page, and whether the health word is right."""
     data.load(BASE)             # writes the facts if they are missing, before processes start
     if flags.fast:
-        print("labs.collapse --fast: 75 seconds on one core; its figures mean nothing")
+        print("labs.collapse --fast: 100 seconds on one core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
         arms = {name: in_short(cfg) for name, cfg in ARMS.items()}
         run_arms("collapse", arms, flags, partial(quietly, measure))

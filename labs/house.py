@@ -162,7 +162,7 @@ def search(imagination, state, goal, depth=8, beam=32, cost="closest"):
 
     Breadth-first while a layer has fewer than `beam` states, then the `beam` nearest to the goal.
     cost: last, the energy of the last of `depth` states; sum, of all of them; closest, of the
-    nearest on the way: imagined states are dropped, and the search ends at the goal.
+    nearest one: states imagined before are dropped, and the search ends at the goal.
     """
     layer = known = state
     paths, energies = [()], [()]
@@ -178,7 +178,8 @@ def search(imagination, state, goal, depth=8, beam=32, cost="closest"):
         fresh = imagination.new(states, known if cost == "closest" else None).nonzero()[:beam, 0]
         if len(fresh) == 0:
             break
-        layer, kept = imagination.take(states, fresh), order[fresh]     # the best one first
+        layer = imagination.take(states, fresh)
+        kept = order[fresh]                                             # the best one first
         total, energy = total[kept], energy[kept]
         before = [divmod(i, n_actions) for i in kept.tolist()]
         energies = [(*energies[i], e) for (i, _), e in zip(before, energy.tolist())]

@@ -37,10 +37,8 @@ def answer_latents(run, items):
     return torch.stack(latents).cpu().numpy()
 
 def recorded(recipe, folder):
-    """Numbers and latents of a short run of phase 1 at each evaluation, as arrays.
-
-    The run is trained if the folder does not have them.
-    """
+    """Arrays of a short run of phase 1, which is trained if the folder does not have them: numbers
+    and latents at each evaluation."""
     path = folder / f"{recipe}.npz"
     if path.exists():
         return dict(np.load(path))

@@ -253,7 +253,8 @@ def measure(cfg):
                   oracle=house.oracle)
     if cfg.policy in simple:
         return task_figures(simple[cfg.policy], cfg)
-    n, seed = 5 * cfg.episodes, cfg.task_seed
+    n = 5 * cfg.episodes
+    seed = cfg.task_seed
     if cfg.policy == "gpt":
         corpus = house.corpus_of(cfg.block_size, cfg.vocab_size, cfg.trajectories)
         gpt = GPTWorld(read_gpt(cfg, corpus))

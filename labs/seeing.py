@@ -20,9 +20,9 @@ its direction among rivals; the sum of both, which all controls use, is as good 
 Combinations never seen: .80, less where text never names them. Flags, taught by pictures alone, are
 named; shuffled pictures are at chance. Text keeps its answers, by construction. A decoder that is
 tuned says pictures better and loses text. A random text encoder is nearly as good: its latents tell
-texts apart. The captioner on tokens ties on what was seen. To decode on
-change needs less than a third of the decodes with which uniform decoding, at every second frame, is
-as good, at each rate of change; where a scene changes every fifth frame it may be more.
+texts apart. The captioner on tokens ties on what was seen. To decode on change needs less than a
+third of the decodes with which uniform decoding, at every second frame, is as good, at each rate of
+change; where a scene changes every fifth frame it may be more.
 """
 import dataclasses
 import random
@@ -145,7 +145,8 @@ def text_figure(run, words, cfg):
 @torch.no_grad()
 def hop(speaker):
     """See, speak, think again: the country that is said of a flag is asked for its capital."""
-    batch, run = speaker.examples("flag"), speaker.run
+    run = speaker.run
+    batch = speaker.examples("flag")
     said = eyes.speak(run, speaker.think(batch)[:, 0])
     asked = [world.fill(world.FACTS["capital"][1][0], s=country) for country in said]
     tokens = data.pack_questions(run.corpus.tokenizer, asked, speaker.cfg.block_size)
