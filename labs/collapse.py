@@ -30,7 +30,7 @@ from labs.facts import quietly
 from labs.measures import PENALTIES, content_sensitivity, features
 from labs.probes import Probe, accuracy, continents, folds
 from labs.runs import Arm, open_run, train_arm
-from labs.tables import by_seed, markdown, publish
+from labs.tables import by_seed, markdown, page_tables, publish
 
 BASE = Arm(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100,
            **train.RECIPES["paper"])

@@ -14,6 +14,7 @@ from tests.toy import (
 CLASSES = [kind for kind in vars(variants).values()
            if isinstance(kind, type) and issubclass(kind, tjepa.TJEPA) and kind is not tjepa.TJEPA]
 BOTH = [kind for kind in CLASSES if issubclass(kind, variants.BothMemories)]
+PER_TOKEN = [variants.Negatives, variants.Queue, variants.GrowingSpans]
 LEARNED = [kind for kind in CLASSES if issubclass(kind, variants.LearnedPositions)]
 
 
@@ -21,6 +22,8 @@ def variant(kind, **changes):
     """A small model of a class, with the memory that the class is meant for."""
     if kind in BOTH:
         changes["memory"] = "tokens"
+    if kind in PER_TOKEN:
+        changes["target"] = "token"
     return make(kind, **changes)
 
 
@@ -90,6 +93,67 @@ def test_smooth_l1_is_the_distance_of_data2vec():
     error = (p.predicted - p.target)[p.span_mask].abs()
     by_hand = torch.where(error < 1, error ** 2 / 2, error - 0.5).mean()
     torch.testing.assert_close(model.pretrain_loss(tokens, spans)[1]["latent"], by_hand.detach())
+
+
+def test_equal_words_are_no_negatives_and_the_queue_holds_earlier_ones():
+    """By hand: each prediction against its own target and the targets of all other words."""
+    for kind, steps in (variants.Negatives, 1), (variants.Queue, 2):
+        model, tokens = variant(kind), rows(3)
+        p = model.predict(tokens, spans_of(model, tokens))
+        for _ in range(steps):
+            loss = model.latent_loss(p)
+        real, words = p.span_mask, p.word_ids[p.span_mask].repeat(steps)
+        predicted, target = (torch.nn.functional.normalize(part[real], dim=-1)
+                             for part in (p.predicted, p.target))
+        similarity = predicted @ target.repeat(steps, 1).T / 0.1
+        by_hand = []
+        for i, row in enumerate(similarity):
+            others = row[words != words[i]]
+            by_hand.append(torch.logsumexp(torch.cat((row[i:i + 1], others)), 0) - row[i])
+        torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+        assert len(model.earlier[0]) == min(model.stored, steps * len(target))
+
+
+def test_the_best_of_four_hypotheses_counts():
+    """If one of them equals the target, only the tenth of the first is left."""
+    model, tokens = make(variants.Hypotheses), rows()
+    p = model.predict(tokens, spans_of(model, tokens))
+    first = tjepa.masked_mean(tjepa.latent_error(p.predicted, p.target, "mse"), p.span_mask, (0, 1))
+    assert model.latent_loss(p) < 1.1 * first
+    exact = p._replace(predicted=p.target)
+    assert model.best_error(exact).abs().max() == 0 == model.latent_loss(exact)
+
+
+def test_a_masked_lm_teaches_and_then_is_frozen():
+    """For a quarter of phase 1 it learns alone; then it is the target, and the student learns."""
+    model, tokens = make(variants.TaughtByMaskedLM), rows()
+    spans = spans_of(model, tokens)
+    for progress, learns in (0.0, model.teacher), (0.5, model.context_encoder):
+        model.progress = progress
+        model.zero_grad(set_to_none=True)
+        model.pretrain_loss(tokens, spans)[0].backward()
+        having = {name for name, part in model.named_children()
+                  if any(p.grad is not None for p in part.parameters())}
+        assert ("teacher" in having) == (progress == 0) == ("context_encoder" not in having)
+    model.ema_update()
+    taught, target = (part.state_dict() for part in (
+        model.teacher.context_encoder, model.target_encoder))
+    assert all(torch.equal(taught[name], target[name]) for name in taught)
+
+
+def test_spans_grow_to_the_longest():
+    """At the start each removed run of tokens is one word, at the end as long as max_span says."""
+    model, tokens = variant(variants.GrowingSpans), rows(32)
+    seen = []
+    predict = model.predict
+    model.predict = lambda tokens, spans: seen.append(spans) or predict(tokens, spans)
+    for model.progress in 0.0, 1.0:
+        torch.manual_seed(0)
+        model.pretrain_loss(tokens, spans_of(model, tokens))
+    short, long = (spans < model.cfg.max_spans for spans in seen)
+    assert short.sum() == long.sum()
+    runs = [(removed[:, 1:] & ~removed[:, :-1]).sum() for removed in (short, long)]
+    assert runs[0] > runs[1]
 
 
 def test_vicreg_is_zero_only_for_a_spread_out_cloud():
