@@ -284,8 +284,11 @@ ARMS = {
     "random-init encoder": Config(pretrain_steps=0),
     "default from random-init encoder": default(pretrain_steps=0),
     "latent without predictor": Config(variant="NoPredictor"),
-    "latent with wide predictor": Config(pred_embd=train.Config.pred_embd),
+    "latent by MSE with wide predictor": Config(pred_embd=train.Config.pred_embd),
     "masked LM": Config(**controls.MASKED_LM),
+    # embeddings and rate of recipe=latent
+    "masked LM with large embeddings":
+        Config(**controls.MASKED_LM, embed_scale=50.0, pretrain_lr=2e-3),
     "masked LM reads three times as long": Config(**controls.MASKED_LM, **LONG),
     "default reads three times as long": default(**LONG),
     "half the steps": default(**HALF),
