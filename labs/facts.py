@@ -11,6 +11,8 @@ weak in new ones; random codes teach as well as any teacher; with shuffled L_a o
 nothing is right; one slot does what four do; token latents alone give DEC and no LAT; teaching B
 makes the model forget A, and replay prevents it; the GPT is better than T-JEPA wherever it was
 taught, and not where it only read; a GPT that was told LAT facts as tokens is the ceiling.
+Of recipe=latent, expected on another seed: a token term adds a little to TXT, nothing to LAT; a
+masked LM with as large embeddings gains, and stays behind in TXT.
 
 Arms are latents alone, by MSE on spans, unless their name says otherwise. They share facts, width,
 seeds, and, where the name does not say otherwise, steps and learning rates, which were chosen for
