@@ -5,14 +5,14 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
                         predicts the latents that an EMA target encoder, which reads the whole
                         text, gives to the removed spans.                     [v1.1, section 3.1]
     phase 2  distill    question -> context encoder -> predictor -> L_p -> W L_p, the thought, which
-                        is trained to equal L_a, the standardised latent of the answer. That comes
-                        from a teacher, by default the target encoder. (W: linear, to a teacher of
-                        another width, else the identity.) No answer token is produced.
+                        is trained to equal L_a, the standardised latent of the answer. A teacher
+                        gives it, by default the target encoder. (W: linear if another model
+                        teaches, else the identity.) No answer token is produced.
                                                                               [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
-                        learns to put it into words. Most rows are echoes: the decoder gets L_a
-                        itself, and must say the answer. So it learns to say answers whose questions
-                        it never gets.                                        [v1.1, section 3.2]
+                        learns to put it into words. Most rows are echoes: the decoder gets L_a,
+                        with noise, and must say the answer. So it learns to say answers without
+                        the thoughts of their questions.                      [v1.1, section 3.2]
     later    teach      Facts are added to a finished run: each step takes the loss of phase 2, and
                         the token loss of phase 3 on detached thoughts and echoes. The target
                         encoder and the scale of L_a stay as they are.
@@ -51,7 +51,7 @@ class Config:
     n_head: int = 4             # attention heads of every block; divides n_embd and pred_embd
     n_embd: int = 128           # width of the latents and bound of their rank; cost ~ its square
     pred_layer: int = 1         # blocks of the predictor; a second costs a fifth of a step
-    pred_embd: int = 128        # width of the predictor; half of n_embd makes a step .8 as long
+    pred_embd: int = 128        # width of the predictor; at n_embd / 2 a step takes .8 of the time
     dec_layer: int = 3          # blocks of the decoder: it only finds words for a finished thought
     answer_size: int = 24       # longest answer in tokens, its end token included
     mask_ratio: float = 0.35    # share of the tokens that is removed: higher is harder and cheaper
@@ -60,7 +60,7 @@ class Config:
     top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
                                 # (then the embedding is one of them); paper: 1
     embed_scale: float = 1.0    # factor of the embeddings: the higher, the more a token weighs
-    target_norm: bool = True    # layer-norm targets; if off, shrinking them lowers the loss
+    target_norm: bool = True    # layer-norm targets; if off, the loss falls when targets shrink
     loss: str = "mse"           # distance to the target in phase 1: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
     mlm: float = 1.0            # weight of a masked-LM loss beside the latent one; paper: 0
@@ -90,7 +90,7 @@ class Config:
             ("ema_half_life", lambda v: v >= 0, "0 or more; inf freezes the target"),
             ("question_drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
             ("mask_ratio", lambda v: 0 < v < 1, "above 0 and below 1"),
-            # at least one token stays
+            # at least one token of a full row stays
             ("mask_ratio", lambda v: round(v * self.block_size) < self.block_size,
              f"below {1 - 0.5 / self.block_size:.4f}: one token of block_size must stay"),
             ("n_embd pred_embd", lambda v: v % multiple == 0,
@@ -231,8 +231,8 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        # A block adds values of std .5 to 1 to the residual stream, an embedding only .02: it is
-        # drowned. On running text factor 50 was far better; data/facts is learned with 1 as well.
+        # A block adds values of std .5 to 1 to the residual stream and drowns an embedding of .02.
+        # On running text factor 50 was far better; data/facts is learned with 1 as well.
         self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the
@@ -655,7 +655,7 @@ class Prediction(NamedTuple):
         return ids.masked_fill(~real, -100)
 
 class TJEPA(nn.Module):
-    """Context encoder, target encoder, predictor and decoder, with a loss for each phase."""
+    """Context encoder, target encoder, predictor and decoder; a loss for each of phases 1 to 3."""
 
     def __init__(self, cfg, word_start):
         """word_start: bool (vocab_size,), True for tokens that begin a word."""
@@ -692,7 +692,7 @@ class TJEPA(nn.Module):
             nn.init.zeros_(module.bias)
 
     def trained_in(self, phase):
-        """The parts that a phase trains; everything else is frozen in it."""
+        """The parts that a phase trains; no other part gets a gradient in it."""
         thinking = [self.context_encoder, self.predictor]
         return dict(
             pretrain=thinking,
@@ -719,7 +719,7 @@ class TJEPA(nn.Module):
     def target_latents(self, spans, n_masks=1):
         """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C).
 
-        n_masks: so many successive rows are one text, each with other spans removed.
+        n_masks: each text fills n_masks successive rows, with other spans removed in each.
         """
         cfg = self.cfg
         encoder = self.target_encoder if cfg.stop_gradient else self.context_encoder
@@ -733,7 +733,7 @@ class TJEPA(nn.Module):
             positions = spans.positions[::n_masks]
             latents = encoder(tokens, positions, spans.real[::n_masks], top_k=cfg.top_k)
             latents = latents.repeat_interleave(n_masks, 0)             # (B, T, C)
-            place = positions.argsort(1)                # where each position stands in that order
+            place = positions.argsort(1)                # the inverse order: position -> column
             place = place.repeat_interleave(n_masks, 0)                 # (B, T)
             place = place.gather(1, spans.positions[:, -n_removed:])    # (B, K)
             place = place[..., None].expand(-1, -1, latents.size(2))
@@ -756,8 +756,8 @@ class TJEPA(nn.Module):
             tokens = tokens.repeat_interleave(n_masks, 0)
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
-        # 1. target latents: the target encoder reads the whole text. Stop-gradient: its weights are
-        #    frozen since `__init__`; step 5 moves them
+        # 1. target latents: the target encoder reads the whole text. Stop-gradient: its weights
+        #    have requires_grad off since `__init__`; step 5 moves them
         target = self.target_latents(spans, n_masks)                    # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
@@ -795,7 +795,7 @@ class TJEPA(nn.Module):
 
     @torch.no_grad()
     def ema_update(self):
-        """target <- tau * target + (1 - tau) * context encoder, if `train.target_moves`."""
+        """target <- tau * target + (1 - tau) * context encoder, see `train.target_moves`."""
         # 5. EMA
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         for target, context in zip(targets, contexts):
@@ -839,7 +839,7 @@ class TJEPA(nn.Module):
         """Fit the standardisation to the teacher's answer latents (n, D); returns L_a (n, D).
 
         The latent of an answer is the mean over its tokens, read without the question, which would
-        leak into it. By default the teacher is the target encoder, by `concept`.
+        leak into it. The default teacher is the target encoder: see `concept`.
 
         L_a is half way to white: a principal direction of variance v is divided by the fourth root
         of v, so that its variance becomes the root of v. Otherwise the few directions that separate
@@ -911,7 +911,7 @@ class TJEPA(nn.Module):
         return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
-        """Latents (B, D) of all rows made inexact, so that echoes err as predicted thoughts do."""
+        """Latents (B, D) made inexact: an echo then errs like a predicted thought."""
         # A thought that errs leans towards another answer: mix in another row, and add noise.
         share = self.cfg.noise * torch.rand(len(latent), 1, device=latent.device)
         other = latent[torch.randperm(len(latent), device=latent.device)]
@@ -924,10 +924,10 @@ class TJEPA(nn.Module):
         the distance of the latent head to L_a, L_token the cross-entropy of the answer's tokens.
         alpha falls from --alpha_start to 0 during the phase; v2.0: alpha = 0.
 
-        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a itself. Facts
-        come in groups: phase 2 trains on the questions of DEC and LAT, phase 3 on those of DEC
-        alone; the answers of all are echoed. So the decoder can say every answer, and only the
-        thought tells it which one.
+        A row is a question, whose thought is W L_p, or an echo, whose thought is L_a. Facts come in
+        groups: the questions of DEC are in phases 2 and 3, those of LAT in phase 2 alone, those of
+        TXT in neither; the answers of all three are echoed. So the decoder can say every answer,
+        and only the thought tells it which one.
         (With memory="tokens" an echo reads the context latents of the answer.)
         """
         memories = self.decoder.read(thought._replace(latent=self.blur(thought.latent)))
@@ -942,7 +942,7 @@ class TJEPA(nn.Module):
 
     @torch.inference_mode()             # a token takes a fifth less time than under no_grad
     def speak(self, thought, temperature=0.0, top_k=0, top_p=1.0):
-        """Say a `Thought` of B rows: yields token ids (B,), PAD after a row's EOS."""
+        """Say a `Thought` of B rows: yields token ids (B,), PAD after a row's end."""
         memories = self.decoder.read(thought)
         caches = [KVCache(self.cfg.answer_size) for _ in self.decoder.blocks]
         B, device = len(memories[0].keys), memories[0].keys.device

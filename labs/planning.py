@@ -56,7 +56,7 @@ class Config(Arm):
             ("cost", *tjepa.one_of("closest", "last", "sum")),
             ("rollout", *tjepa.within(1, 8))))
 
-# One recipe for all arms: latents alone as in `--recipe=latent`, in a small size.
+# One recipe for all arms: latents alone by MSE, in a small size.
 BASE = Config(
     mlm=0.0, n_embd=64, n_layer=3, top_k=3, pred_embd=64, dec_layer=2, block_size=72,
     vocab_size=512, answer_size=12, dtype="fp32", batch_size=32, qa_batch_size=128,
