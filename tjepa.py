@@ -11,10 +11,10 @@ Text T-JEPA in one file: an encoder learns by predicting latents, a decoder puts
                                                                               [v1.1, section 3.3]
     phase 3  speak      Everything above is frozen. A decoder cross-attends to the thought and
                         learns to put it into words. Most rows are echoes: the decoder gets L_a,
-                        with noise, and must say the answer. So it learns to say answers without
-                        the thoughts of their questions.                      [v1.1, section 3.2]
+                        with noise, and must say the answer. So it can say answers to questions
+                        that it was never given.                              [v1.1, section 3.2]
     later    teach      Facts are added to a finished run: each step takes the loss of phase 2, and
-                        the token loss of phase 3 on detached thoughts and echoes. The target
+                        the token loss of phase 3 on echoes and detached thoughts. The target
                         encoder and the scale of L_a stay as they are.
 
 A step of phase 1, in outline:
@@ -29,8 +29,8 @@ A step of phase 1, in outline:
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
 transformer, masking, predictor, parts of the losses, decoder, the phases, the collapse panel.
-Shapes: B rows, T tokens, S spans, K removed tokens, M memory slots, A answer tokens, L latents that
-are attended to, V vocabulary, N rows of a flattened batch, nh heads of size hs; widths C = n_embd,
+Shapes: B rows, T tokens, S spans, K removed tokens, M memory slots, A answer tokens, L keys of an
+attention, V vocabulary, N rows of a flattened batch, nh heads of size hs; widths C = n_embd,
 P = pred_embd, D = width of the teacher's latents.
 """
 import math
@@ -44,7 +44,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """Shape of the model and of its three losses. Each comment says what the field changes."""
+    """Shape of the model, and losses of its phases. Each comment says what the field changes."""
     vocab_size: int = 2048      # rows of the embedding, the four special tokens included
     block_size: int = 64        # longest text in tokens; attention cost grows with its square
     n_layer: int = 4            # blocks of the encoder; time grows linearly
@@ -57,9 +57,9 @@ class Config:
     mask_ratio: float = 0.35    # share of the tokens that is removed: higher is harder and cheaper
     max_span: int = 8           # longest span drawn, before it is widened to whole words
     target: str = "span"        # span: one mean latent per span, as in the paper | token
-    top_k: int = 4              # target: the mean of this many last layers, at most n_layer + 1
+    top_k: int = 4              # targets average this many last layers, at most n_layer + 1
                                 # (then the embedding is one of them); paper: 1
-    embed_scale: float = 1.0    # factor of the embeddings: the higher, the more a token weighs
+    embed_scale: float = 1.0    # factor of the embeddings: the higher, the less context weighs
     target_norm: bool = True    # layer-norm targets; if off, the loss falls when targets shrink
     loss: str = "mse"           # distance to the target in phase 1: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
@@ -472,7 +472,7 @@ class SIGReg(nn.Module):
         t = torch.linspace(0, 3, 17)
         gauss = torch.exp(-t ** 2 / 2)  # characteristic function of N(0, 1), and weight of each t
         # Trapezoid rule on [-3, 3] with step 3/16. The integrand is even: each t > 0 counts twice,
-        # but for the end t = 3.
+        # the end t = 3 half of that.
         trapezoid = F.pad(torch.full((15,), 2.0), (1, 1), value=1.0) * 3 / 16
         self.register_buffer("t", t, persistent=False)
         self.register_buffer("gauss", gauss, persistent=False)
@@ -717,7 +717,7 @@ class TJEPA(nn.Module):
     # -- phase 1: the JEPA step --------------------------------------------------------------------
 
     def target_latents(self, spans, n_masks=1):
-        """Target of each of the `Spans`: the mean latent of its tokens, (B, S, C).
+        """Targets, (B, S, C): the mean latent of each span's tokens, normed if cfg.target_norm.
 
         n_masks: each text fills n_masks successive rows, with other spans removed in each.
         """
@@ -733,7 +733,7 @@ class TJEPA(nn.Module):
             positions = spans.positions[::n_masks]
             latents = encoder(tokens, positions, spans.real[::n_masks], top_k=cfg.top_k)
             latents = latents.repeat_interleave(n_masks, 0)             # (B, T, C)
-            place = positions.argsort(1)                # the inverse order: position -> column
+            place = positions.argsort(1)                # place[position] = column
             place = place.repeat_interleave(n_masks, 0)                 # (B, T)
             place = place.gather(1, spans.positions[:, -n_removed:])    # (B, K)
             place = place[..., None].expand(-1, -1, latents.size(2))
@@ -757,7 +757,8 @@ class TJEPA(nn.Module):
         spans = split_spans(span_ids, tokens, n_removed, self.cfg, unit)
 
         # 1. target latents: the target encoder reads the whole text. Stop-gradient: its weights
-        #    have requires_grad off since `__init__`; step 5 moves them
+        #    have requires_grad off since `__init__`; step 5 moves them. (With stop_gradient off,
+        #    the context encoder reads it, with gradient.)
         target = self.target_latents(spans, n_masks)                    # (B, S, C)
 
         # 2. context latents: the context encoder reads what is left
@@ -825,7 +826,7 @@ class TJEPA(nn.Module):
     def energy(self, tokens, span_ids):
         """Latent prediction error of the removed spans, (B,): low if they fit the context.
 
-        K is the most tokens that a row loses: one that loses r < K must end in K - r tokens of
+        K is the most tokens that a row loses: a row that loses r must end in K - r tokens of
         padding.
         """
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
@@ -911,7 +912,7 @@ class TJEPA(nn.Module):
         return self.standardise(predicted), self.standardise(p.target), p.span_mask
 
     def blur(self, latent):
-        """Latents (B, D) made inexact: an echo then errs like a predicted thought."""
+        """Latents (B, D) of questions and echoes alike, made inexact, as new thoughts will be."""
         # A thought that errs leans towards another answer: mix in another row, and add noise.
         share = self.cfg.noise * torch.rand(len(latent), 1, device=latent.device)
         other = latent[torch.randperm(len(latent), device=latent.device)]
