@@ -52,16 +52,11 @@ def table(rows, arms, columns):
              for arm in arms if arm in known]
     return markdown([["arm", *columns], *lines])
 
-def tables(rows, parts):
-    """Markdown: a titled table for each of parts, title -> (arms, columns), that has any row."""
-    known = {row["arm"] for row in rows}
-    return "\n\n".join(f"{title}:\n\n{table(rows, arms, columns)}"
-                       for title, (arms, columns) in parts.items() if known.intersection(arms))
-
 def page_tables(lab, rows):
-    """The tables of a lab's page in markdown."""
-    parts = {title: (part["arms"], part["columns"]) for title, part in TABLES[lab].items()}
-    return tables(rows, parts)
+    """The tables of a lab's page in markdown, as far as they have any row."""
+    known = {row["arm"] for row in rows}
+    return "\n\n".join(f"{title}:\n\n{table(rows, part['arms'], part['columns'])}"
+                       for title, part in TABLES[lab].items() if known.intersection(part["arms"]))
 
 def origin(rows):
     """Where rows were measured: their commits and devices."""
