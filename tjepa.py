@@ -63,7 +63,7 @@ class Config:
     target_norm: bool = True    # layer-norm targets; if off, the loss falls when targets shrink
     loss: str = "mse"           # distance to the target in phase 1: mse | infonce (contrastive)
     sigreg: float = 1.0         # weight of SIGReg, which spreads latents over all dimensions
-    mlm: float = 1.0            # weight of a masked-LM loss beside the latent one; paper: 0
+    mlm: float = 1.0            # weight of a masked-LM loss beside it: a hybrid; paper: 0
     ema_half_life: float = 100  # steps until half of the target is new; 0: copy, inf: frozen
     stop_gradient: bool = True  # if off, the context encoder is the target, with gradient
     teacher_width: int = 0      # width of another model's latents of answers, if it is the teacher;

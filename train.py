@@ -54,7 +54,7 @@ class Config(tjepa.Config):
     }
     phase: str = "all"          # pretrain | distill | speak | all; teach adds --qa to a run
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | minute | laptop: all | gpu
-    recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
+    recipe: str = "default"     # default: a hybrid | latent | paper | v2 | collapse
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt, or of a folder of them
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
@@ -161,7 +161,7 @@ PRESETS = dict(
 )
 NO_TOKENS = dict(mlm=0.0, pred_embd=64)     # half the width is what the labs measured
 RECIPES = dict(
-    default={},
+    default={},             # a hybrid: latents and tokens
     # The best latents alone of labs/pretraining.py: each removed token's latent, to which the
     # token itself contributes much, is told from those of the other removed tokens.
     latent=dict(

@@ -41,7 +41,7 @@ class Flags:
 # -- the result: exact match of five systems -------------------------------------------------------
 # arm of labs/results/facts.csv -> its name and colour in README.md
 SYSTEMS = {
-    "default": ("default: latents and tokens", BLUE),
+    "default": ("default, a hybrid: latents and tokens", BLUE),
     "recipe=latent": ("latents alone", RED),
     "masked LM": ("tokens alone (masked LM)", GREEN),
     "default from random-init encoder": ("default without phase 1", ORANGE),
