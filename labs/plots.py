@@ -17,6 +17,7 @@ from labs.tables import PAGES, TABLES, figure_of, origin, over_seeds, page_table
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito)
 BLUE = "#0072B2"        # train.py's default
+SKY = "#56B4E9"         # its losses with large embeddings
 RED = "#D55E00"         # latents alone
 GREEN = "#009E73"       # masked LM
 PURPLE = "#AA4499"      # GPT
