@@ -231,6 +231,9 @@ def resolve(given):
     if goes_on and given.get("init_from"):
         raise ValueError("--init_from begins a run with phase 1: leave it out, or leave --resume "
                          "and --phase out")
+    continues = goes_on or given.get("init_from")
+    if continues and "top_k" not in given:
+        asked.pop("top_k", None)                        # it was settled when the run began
     if goes_on:
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
@@ -246,13 +249,13 @@ def resolve(given):
         same_run(f"--init_from={given['init_from']}", base, asked)
     elif asked.get("data", "facts") != "facts" and not asked.get("qa"):
         base = text_settings(asked)
-    settings = base | asked
-    n_layer = settings.get("n_layer", Config.n_layer)
-    # the target is the mean of four layers, or of as many as a recipe says, or of all
-    settings.setdefault("top_k", min(Config.top_k, n_layer))
-    if "top_k" not in given:
-        settings["top_k"] = min(settings["top_k"], n_layer + 1)
-    return Config(**settings)
+    if not continues and "top_k" not in given:
+        n_layer = (base | asked).get("n_layer", Config.n_layer)
+        if asked.get("top_k", 0) > Config.n_layer:      # recipe latent: all layers and embeddings
+            asked["top_k"] = n_layer + 1
+        elif "n_layer" in asked:                        # the mean of four layers, or of all
+            asked.setdefault("top_k", min(Config.top_k, n_layer))
+    return Config(**base | asked)
 
 def text_settings(asked):
     """Settings by the size of the text in asked["data"]: fields of a Config. Prints them."""

@@ -23,7 +23,7 @@ seed 0; 7M takes them over. Predictors differ: .44M weights in the default and i
 `latent by MSE`, none in the masked LM and the GPT. The probes are those of labs/probes.py.
 
 Cloze: in a held-out statement, does the right answer fit best among all of its relation, and among
-those with as many tokens? A T-JEPA is asked for the lowest latent energy, the masked LM for the mean
+those with as many tokens? A T-JEPA is asked for the least energy, the masked LM for the mean
 log-probability of the answer's tokens, the GPT for that of the whole statement. "By tokens" asks a
 T-JEPA for its tokens, and the masked LM for the sum instead of the mean.
 """
@@ -118,7 +118,7 @@ CHANGES = {                     # of train.py's default
     "frozen masked LM as target": idea(variant="TaughtByMaskedLM"),
     "growing spans": idea(variant="GrowingSpans"),
     "fading SIGReg": idea(fade_sigreg=True),
-    "four hypotheses": idea(variant="Hypotheses"),
+    "four hypotheses": idea(variant="Hypotheses") | dict(loss="mse"),       # beside "MSE"
     "with tokens": idea() | dict(mlm=1.0),
     "masked LM with large embeddings":
         MASKED_LM | dict(like="masked LM", only="2.5M", embed_scale=50.0),
@@ -329,10 +329,11 @@ def finals(worlds, names, budgets, tuned):
             steps = BUDGETS[budget] if cfg.pretrain_steps else 0
             every = 10 ** 9 if budget == TUNED else max(1, steps // LOOKS[-1])
             for world in worlds:
-                if cfg.like and (world, budget) != ("facts", cfg.only):
-                    continue
                 case = f"{world} {cfg.like or name}"
-                best = choose([row for row in tuned if row["arm"].rsplit(" ", 1)[0] == case])
+                mine = [row for row in tuned if row["arm"].rsplit(" ", 1)[0] == case]
+                if not mine or cfg.like and (world, budget) != ("facts", cfg.only):
+                    continue
+                best = choose(mine)
                 fields = dict(pretrain_steps=steps, eval_every=every) | best | WORLDS[world]
                 arms[f"{world} {budget} {name}"] = dataclasses.replace(cfg, **fields)
     return arms
@@ -378,7 +379,8 @@ def pretraining(flags):
     if flags.fast:
         print("labs.pretraining --fast: a minute on one core; its figures mean nothing")
         flags = dataclasses.replace(flags, seeds=1, redo=True)
-        grid, budgets, worlds = GRID[:1], budgets[:1], worlds[:1]
+        grid, worlds = GRID[:1], worlds[:1]
+        budgets = sorted({ARMS[name].only for name in names if ARMS[name].like}) or budgets[:1]
     data.load(Config())         # writes the facts if they are missing, before processes start
 
     def run(lab, arms, seeds):

@@ -85,14 +85,16 @@ def open_run(cfg, corpus=None, fresh=()):
 def shared_run(cfg, corpus, name, **changes):
     """A `train.Run` after phase 1, with changes, which arms with the same train.Config share.
 
-    It is trained if the folder, beside the arm's, is not there: `name` and a hash of what matters.
+    It is trained if the folder beside the arm's (`name` and a hash of what matters) is not there,
+    or was stopped halfway.
     """
     wanted = plain(cfg, phase="pretrain", out=name, **changes)
     key = f"{wanted} {model_of(cfg)} {corpus.fingerprint}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(cfg.out).with_name(f"{name}_{digest}")
     out = dict(out=str(folder))
-    if not (folder / "ckpt.pt").exists() or not train.load_checkpoint(folder)["evaluated"]:
+    saved = train.load_checkpoint(folder) if (folder / "ckpt.pt").exists() else dict(step=-1)
+    if saved["step"] < wanted.pretrain_steps or not saved["evaluated"]:
         train.run(dataclasses.replace(wanted, **out), corpus, model_of(cfg))
     return open_run(dataclasses.replace(cfg, **out, **changes), corpus)
 

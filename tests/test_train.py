@@ -430,9 +430,21 @@ def test_few_layers_lower_top_k_by_themselves():
     assert train.resolve(dict(n_layer=2)).top_k == 2
     assert train.resolve(dict(n_layer=6)).top_k == train.Config.top_k
     assert train.resolve(dict(n_layer=2, recipe="paper")).top_k == 1
-    assert train.resolve(dict(n_layer=2, recipe="latent")).top_k == 3       # and the embedding
+    for n_layer in (2, 4, 6):           # recipe latent: all layers and the embedding
+        assert train.resolve(dict(n_layer=n_layer, recipe="latent")).top_k == n_layer + 1
     with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer \\+ 1 = 3"):
         train.resolve(dict(n_layer=2, top_k=4))
+
+
+def test_a_recipe_can_be_named_again_when_its_run_goes_on(world, tmp_path):
+    """Its top_k was fitted to the depth at the start, so that it is not compared as written."""
+    given = FLAGS | dict(recipe="latent", data=world.cfg.data, out=str(tmp_path / "run"),
+                         phase="pretrain", pretrain_steps=2, n_layer=2)
+    given.pop("top_k", None)
+    train.run(train.resolve(given))
+    assert train.resolve(given | dict(resume=True)).top_k == 3
+    assert train.resolve(dict(init_from=given["out"], out=str(tmp_path / "more"),
+                              recipe="latent")).top_k == 3
 
 
 def test_every_recipe_fits_every_preset_and_only_the_default_sees_tokens():

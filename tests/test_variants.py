@@ -128,13 +128,13 @@ def test_a_masked_lm_teaches_and_then_is_frozen():
     """For a quarter of phase 1 it learns alone; then it is the target, and the student learns."""
     model, tokens = make(variants.TaughtByMaskedLM), rows()
     spans = spans_of(model, tokens)
-    for progress, learns in (0.0, model.teacher), (0.5, model.context_encoder):
-        model.progress = progress
+    for model.progress in 0.0, 0.24, 0.25, 0.5:
         model.zero_grad(set_to_none=True)
         model.pretrain_loss(tokens, spans)[0].backward()
         having = {name for name, part in model.named_children()
                   if any(p.grad is not None for p in part.parameters())}
-        assert ("teacher" in having) == (progress == 0) == ("context_encoder" not in having)
+        first = model.progress < 0.25
+        assert ("teacher" in having) == first == ("context_encoder" not in having)
     model.ema_update()
     taught, target = (part.state_dict() for part in (
         model.teacher.context_encoder, model.target_encoder))
@@ -154,6 +154,21 @@ def test_spans_grow_to_the_longest():
     assert short.sum() == long.sum()
     runs = [(removed[:, 1:] & ~removed[:, :-1]).sum() for removed in (short, long)]
     assert runs[0] > runs[1]
+    torch.manual_seed(0)
+    spans_of(model, tokens)
+    whole = tjepa.sample_spans(tokens, model.word_start, model.cfg)
+    assert torch.equal(long, whole < model.cfg.max_spans)
+
+
+def test_a_frozen_target_does_not_follow_the_context_encoder():
+    """After a step both differ, and the target is as it was drawn."""
+    model = variant(variants.FrozenTarget)
+    before = [p.clone() for p in model.target_encoder.parameters()]
+    with torch.no_grad():
+        for p in model.context_encoder.parameters():
+            p.add_(1)
+    model.ema_update()
+    assert all(map(torch.equal, before, model.target_encoder.parameters()))
 
 
 def test_vicreg_is_zero_only_for_a_spread_out_cloud():
