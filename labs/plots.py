@@ -92,7 +92,7 @@ def collapse(axis, rows):
 
 def pretraining(probes, cloze, rows):
     """Probes and cloze after two budgets of tokens."""
-    colours = {"default": BLUE, "latent by MSE": RED, "masked LM": GREEN, "GPT": PURPLE,
+    colours = {"default": BLUE, "latent": RED, "masked LM": GREEN, "GPT": PURPLE,
                "random-init": ORANGE}
     for axis, name in ((probes, "facts"), (cloze, "cloze")):
         for arm in arms_of("pretraining", 0):
