@@ -29,8 +29,8 @@ A step of phase 1, in outline:
 v1.1 and v2.0 are the two versions of Senthil Vasan, "T-JEPA: A Text-Joint Embedding Predictive
 Architecture", 2025, https://github.com/offx-zinth/T-JEPA. Read from the top: configuration,
 transformer, masking, predictor, parts of the losses, decoder, the phases, the collapse panel.
-Shapes: B rows, T tokens, S spans, K removed tokens, M memory slots, A answer tokens, L keys of an
-attention, V vocabulary, N rows of a flattened batch, nh heads of size hs; widths C = n_embd,
+Shapes: B rows, T tokens, S spans, K removed tokens, M memory slots, A answer tokens, L keys or
+context latents, V vocabulary, N rows of a flattened batch, nh heads of size hs; widths C = n_embd,
 P = pred_embd, D = width of the teacher's latents.
 """
 import math
@@ -826,7 +826,7 @@ class TJEPA(nn.Module):
     def energy(self, tokens, span_ids):
         """Latent prediction error of the removed spans, (B,): low if they fit the context.
 
-        K is the most tokens that a row loses: a row that loses r must end in K - r tokens of
+        K is the most tokens that a row loses: a row that loses r must have at least K - r tokens of
         padding.
         """
         n_removed = int((span_ids < self.cfg.max_spans).sum(1).max())
