@@ -145,6 +145,7 @@ def read_gpt(cfg, corpus):
     run = train.Run(cfg, model, corpus, device, dtype, questions)
 
     def loss_at(progress):
+        """Loss of rows of text."""
         return model.pretrain_loss(corpus.train.batch(cfg.batch_size // cfg.accum).to(device))
     fit(run, "pretrain", loss_at)
     return run
@@ -192,6 +193,7 @@ def answering(run, taught):
     draw = questions.drawing(taught, cfg.qa_batch_size // cfg.accum, cfg.question_noise)
 
     def loss_at(progress):
+        """Loss of the answers to random questions."""
         which, asked = draw()
         tokens, targets, positions = lesson(run.model, asked, answers[which])
         _, loss = run.model(tokens, targets, positions)

@@ -110,6 +110,7 @@ def in_halves(questions, replay, seed):
     rng = random.Random(seed)
 
     def replayed(row):
+        """The split of a row while B is taught."""
         hidden = fact_of(row) in first and rng.random() >= replay
         return "TXT" if hidden else row.split
     a = relabel(questions, lambda row: row.split if fact_of(row) in first else "TXT")

@@ -264,6 +264,7 @@ def planner(imagination, wordings=TRAINED, seed=0, **settings):
     random_ = random.Random(seed)
 
     def policy(state, goal):
+        """The first action of the plan that is searched from this state."""
         goal_wording, *drawn = (random_.choice(wordings) for _ in range(N_SLOTS + 1))
         begin = imagination.begin(state, drawn)
         plan, _ = search(imagination, begin, imagination.goal(goal, goal_wording), **settings)

@@ -97,6 +97,7 @@ def rollout_loss(model, cfg, latents, facts, actions):
         said = torch.zeros_like(said)
 
     def distance(predicted, step, mask):
+        """MSE of the predicted state (B, S, C) after a step -> a number."""
         error = (predicted - target[:, step]).square().mean(-1)
         return tjepa.masked_mean(error, mask, (0, 1))
 
@@ -142,6 +143,7 @@ def train_frozen(run, cfg):
     model = WorldModel(run.model)
 
     def loss_at(progress):
+        """Loss of random walks."""
         return rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
     fit(run._replace(model=model), "distill", loss_at)
     if cfg.given == "none":             # it has none in planning either
@@ -171,6 +173,7 @@ def train_joint(run, cfg):
         return house.Latents(*tables)
 
     def loss_at(progress):
+        """Loss of both: of the encoder on text, of the transition on its latents."""
         latents = latents_now()
         loss, stats = rollout_loss(model, cfg, latents, *draw_walks(cfg, cfg.qa_batch_size))
         if cfg.sigreg:
@@ -191,6 +194,7 @@ def teach_speech(run, cfg, latents):
     centres = latents.centres()
 
     def loss_at(progress):
+        """Loss of sentences said from their latents."""
         # half of the sentences in a wording, half as the mean of the wordings
         fact = seen[torch.randint(len(seen), (cfg.qa_batch_size,))]
         worded = latents.facts[fact, torch.randint(house.HELD_OUT, fact.shape)]

@@ -86,11 +86,13 @@ def ridge_probe(train, dev, test):
     cost = torch.ones(x.size(1), dtype=x.dtype)
     cost[-1] = 0                                        # the bias has no penalty
 
-    def fit(penalty):                                   # the normal equations
+    def fit(penalty):
+        """Weights (C+1, D) of a penalty: the normal equations."""
         left = x.T @ x / len(x) + penalty * cost.diag()                 # (C+1, C+1)
         return torch.linalg.solve(left, x.T @ y / len(x))               # (C+1, D)
 
     def score(w, x, y):
+        """R2 of rows x (n, C+1) with targets y (n, D)."""
         return tjepa.r_squared(x @ w, y, torch.ones(len(x))).item()
     return choose(fit, score, dev, test)
 
@@ -108,11 +110,13 @@ def logistic_probe(train, dev, test, penalties=PENALTIES):
     w = torch.zeros(x.size(1), len(classes), requires_grad=True)        # (C+1, classes)
 
     def fit(penalty):
+        """Weights (C+1, classes) of a penalty."""
         # starts from the weights of the penalty before, which are near
         optimizer = torch.optim.LBFGS(
             [w], max_iter=100, tolerance_change=1e-8, line_search_fn="strong_wolfe")
 
         def loss():
+            """Cross-entropy and penalty, for LBFGS."""
             optimizer.zero_grad()
             value = F.cross_entropy(x @ w, y) + penalty / 2 * w[:-1].square().sum()
             value.backward()
@@ -121,6 +125,7 @@ def logistic_probe(train, dev, test, penalties=PENALTIES):
         return w.detach().clone()
 
     def score(w, x, y):
+        """Accuracy on rows x (n, C+1) with classes y (n,)."""
         return (classes[(x @ w).argmax(1)] == y).float().mean().item()
     return choose(fit, score, dev, test, penalties)
 
@@ -157,6 +162,7 @@ def knn_overlap(x, y, k=10):
         raise ValueError(f"k={k} must be 1 or more")
 
     def nearest(z):
+        """Indices (N, k) of the nearest rows of each row of z (N, C)."""
         z = F.normalize(centred(z), dim=-1)
         return (z @ z.T).fill_diagonal_(-torch.inf).topk(k).indices     # (N, k)
     a, b = (nearest(z) for z in rows_of(x, y, least=k + 2))

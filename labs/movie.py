@@ -50,6 +50,7 @@ def recorded(recipe, folder):
     figures, latents = [], []
 
     def measure(whole):
+        """Keep the figures and the latents of this moment."""
         figures.append(evaluate.evaluate_text(run, rows=128))
         latents.append(answer_latents(run, corpus.cloze))
         return {}
@@ -94,6 +95,7 @@ def draw_movie(runs, folder):
                   fontsize=9, frameon=False, markerscale=1.6)
 
     def show(number):
+        """Put frame `number` into the picture."""
         for dots, name, mine in clouds:
             dots.set_offsets(frames[name][number][mine])
         for axis, (name, run) in zip(axes, runs.items()):

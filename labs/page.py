@@ -100,7 +100,8 @@ def draw_curve(panel, runs):
         return ""
     low, high = y_range or (min(every), max(every))
 
-    def height(value):                  # from the upper edge of the panel
+    def height(value):
+        """Distance of a value from the upper edge of the panel, in pixels."""
         value = min(max(value, low), high)
         share = (value - low) / (high - low) if high > low else 0.5
         if scale == "log" and high > low:
@@ -270,6 +271,7 @@ def time_said(out, beside):
 def fill_template(template, texts, pieces):
     """page.html with its {{...}} filled: texts are escaped, pieces are HTML already."""
     def fill(found):
+        """The text or the piece that a placeholder names."""
         kind, _, rest = found[1].partition(" ")
         if kind == "text":
             return html.escape(str(texts[rest]))

@@ -184,6 +184,7 @@ def counterfactual(imagination, n, seed):
 def best_actions(state, goal):
     """The actions that begin a shortest plan."""
     def left(state):
+        """Number of actions of the shortest plan; inf if there is none."""
         plan = world.shortest_plan(state, goal)
         return math.inf if plan is None else len(plan)
     return [action for action in world.possible(state)
@@ -229,6 +230,7 @@ def times_of_plans(gpt, cfg, n=5):
     expand, sizes = imagination.expand, []
 
     def counted(states):
+        """Expand the states, and note how many they are."""
         sizes.append(len(states.slots))
         return expand(states)
     imagination.expand = counted

@@ -105,11 +105,13 @@ def teach_text(run, words, cfg):
     named = words.named.nonzero()[:, 0]
 
     def think_loss(progress):
+        """Loss of the thoughts of random questions."""
         which = torch.randint(len(questions), (cfg.qa_batch_size,))
         return model.distill_loss(questions[which], words.latents[answers[which]])
     fit(run, "distill", think_loss)
 
     def echo_loss(progress):
+        """Loss of the words of random echoes."""
         # half of the rows are answers: most of the texts are sentences of captions
         which = named[torch.randint(len(named), (cfg.qa_batch_size,))]
         short = named[len(world.NAMED):]
@@ -315,6 +317,7 @@ def train_seer(run, words, cfg):
     seer = Seer(cfg, jepa, words)
 
     def loss_at(progress):
+        """Loss of a random lesson with pictures."""
         batch = lesson(words, cfg.qa_batch_size)
         if cfg.eye == "shuffled":
             batch = batch._replace(pictures=batch.pictures[torch.randperm(len(batch.pictures))])

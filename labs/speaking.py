@@ -228,6 +228,7 @@ def speaker(cfg):
     points, curve = [], []
 
     def watch(whole):
+        """Compare the gradients at this moment."""
         points.append(conflict(speech))
         curve.append(evaluate.exact_match(run, held_out, think(run, held_out)))
         return {}

@@ -108,6 +108,7 @@ class Run(train.Run):
     def in_parts(self, draw):
         """As `train.Run.in_parts`."""
         def uncounted():
+            """Draw a batch; its launches do not count."""
             LaunchCounter.drawing = True
             batch = draw()
             LaunchCounter.drawing = False
@@ -201,6 +202,7 @@ def training_step(run, phase, loss_at, optimizer=None):
     clip, ema_update = train.after_backward(run, phase)
 
     def step():
+        """One training step."""
         with run.autocast():
             loss, stats = loss_at(0.5)
         (loss / run.cfg.accum).backward()
@@ -220,6 +222,7 @@ def gpt_step(lab, model, optimizer=None):
         lambda: [text.batch(lab.size.rows).to(lab.device, non_blocking=True)])
 
     def loss_at(progress):
+        """Loss of the next rows."""
         [rows] = next(batches)                                          # (B, T+1)
         targets = rows[:, 1:].masked_fill(rows[:, 1:] == text.pad, -1).contiguous()
         return model(rows[:, :-1], targets)[1], {}
@@ -299,9 +302,11 @@ def thinking(lab):
         model = endless(lab, width, max(4, n))
 
         def ours():
+            """Say n tokens by the decoder."""
             return list(itertools.islice(model.speak(model.think(question)), n))
 
         def gpt(depth):
+            """A call that says n tokens by a GPT of this depth."""
             whole = gpt_of(width, depth, question.size(1) + n).to(lab.device)
             return partial(whole.generate, question, n)
         # A GPT's parameters and FLOPs grow linearly with its depth.

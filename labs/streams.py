@@ -87,6 +87,7 @@ def by_clustering(frames, most):
     begins = list(range(len(frames)))
 
     def cost(i):
+        """Growth of the sum by the union of segments i and i + 1."""
         weight = sizes[i] * sizes[i + 1] / (sizes[i] + sizes[i + 1])
         return weight * (means[i] - means[i + 1]).square().mean().item()
     costs = [cost(i) for i in range(len(means) - 1)]
