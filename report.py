@@ -408,7 +408,7 @@ def summary(figures):
 def pretrain_line(figures):
     """Phase 1 in one line."""
     fit = f"R2 {figures['val_r2']:.2f}"
-    if figures["val_r2"] <= 0 and figures["health"] in ("shrinking", "healthy"):
+    if figures["val_r2"] <= 0:
         # InfoNCE leaves the length of a prediction open: R2 says nothing, and hit1 decides
         fit = f"hit1 {figures['hit1']:.2f} (chance {figures['chance']:.3f})"
     line = (f"pretrain: {fit} on held-out text, "

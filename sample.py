@@ -261,14 +261,16 @@ def embed(session):
     tokens = read_sentences(session, flags.embed)                           # (n, T)
     path = place_for_vectors(flags)
     vectors = torch.cat([run.model.concept(rows.to(run.device)) for rows in tokens.split(256)])
+    layers = f"the last top_k={run.cfg.top_k} of {run.cfg.n_layer} layers"
+    if not run.cfg.top_k:
+        layers = f"the embedding and all {run.cfg.n_layer} layers"
     buffer = io.BytesIO()
     np.save(buffer, vectors.float().cpu().numpy())
     write_safely(path, buffer.getvalue())
     print(f"{printable(path, None)}: {len(vectors)} rows of {vectors.size(1)} numbers (float32), "
           "one for each line that is not blank\n"
           "encoder: the target encoder, which reads the whole sentence\n"
-          f"pooling: mean over the tokens of the mean of the last top_k={run.cfg.top_k} of "
-          f"{run.cfg.n_layer} layers, each layer-normed")
+          f"pooling: mean over the tokens of the mean of {layers}, each layer-normed")
 
 def list_questions(session):
     """Print what may be asked: for each relation an example, and the subjects of each split."""

@@ -77,11 +77,11 @@ class Config(tjepa.Config):
     masks: int = 1              # span masks drawn for each row; each further one costs .8 of a step
     qa_batch_size: int = 64     # questions a step in phases 2 and 3
     accum: int = 1              # split each batch into this many equal parts, to save memory
-    pretrain_steps: int = 1400  # steps of phase 1; 0 = the control with a random encoder
-    distill_steps: int = 1400   # steps of phase 2; 0 = the control that is taught nothing
-    speak_steps: int = 1000     # steps of phase 3
+    pretrain_steps: int = 700   # steps of phase 1; 0 = the control with a random encoder
+    distill_steps: int = 700    # steps of phase 2; 0 = the control that is taught nothing
+    speak_steps: int = 500      # steps of phase 3
     teach_steps: int = 600      # steps of --phase=teach
-    pretrain_lr: float = 1e-3   # peak learning rate of phase 1
+    pretrain_lr: float = 2e-3   # peak learning rate of phase 1
     distill_lr: float = 1e-3    # peak learning rate of phase 2; if too high, the text is forgotten
     speak_lr: float = 1e-3      # peak learning rate of phase 3
     teach_lr: float = 1e-3      # peak learning rate of --phase=teach
@@ -92,7 +92,7 @@ class Config(tjepa.Config):
     question_noise: float = 0.5 # share of phase 2's questions written as people type
     made_up: float = 0.2        # share of phase 2's questions about made-up subjects: thought 0
     echo: float = 0.95          # share of phase 3's rows that are answer latent -> answer
-    eval_every: int = 400       # steps between evaluations, checkpoints and redrawn curves
+    eval_every: int = 200       # steps between evaluations, checkpoints and redrawn curves
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,7 +135,7 @@ PRESETS = dict(
     tiny={},
     # a smoke run; `report.MINUTE` says what to expect of it
     minute=dict(
-        n_layer=2, n_head=2, n_embd=64, top_k=2,
+        n_layer=2, n_head=2, n_embd=64,
         pred_layer=1, pred_embd=64,
         dec_layer=2,
         batch_size=32,
@@ -146,7 +146,7 @@ PRESETS = dict(
     laptop=dict(
         facts="all", vocab_size=4096,
         qa_batch_size=128, eval_every=800,
-        pretrain_steps=2000, pretrain_lr=2e-3,
+        pretrain_steps=2000,
         distill_steps=4800,
         speak_steps=3200,
     ),
@@ -154,30 +154,30 @@ PRESETS = dict(
         facts="all", vocab_size=4096,
         n_layer=6, n_head=8, n_embd=384, pred_embd=384,
         batch_size=256, qa_batch_size=512, eval_every=500,
-        pretrain_steps=10000,
+        pretrain_steps=10000, pretrain_lr=1e-3,
         distill_steps=4000,
         speak_steps=4000,
     ),
 )
-NO_TOKENS = dict(mlm=0.0, pred_embd=64)     # half the width is what the labs measured
 RECIPES = dict(
     default={},             # a hybrid: latents and tokens
-    # The best latents alone of labs/pretraining.py: each removed token's latent, to which the
-    # token itself contributes much, is told from those of the other removed tokens.
-    latent=dict(
-        mlm=0.0,
-        target="token",
-        loss="infonce",
-        top_k=5,
-        embed_scale=50.0,
-        pretrain_lr=2e-3,
-    ),
+    latent=dict(mlm=0.0),   # the same, and no token is predicted in phase 1
     # v1.1 section 3.1 to the letter
-    paper=NO_TOKENS | dict(target="span", top_k=1, target_norm=False, loss="mse", sigreg=0.0),
+    paper=dict(
+        mlm=0.0,
+        pred_embd=64,       # half the width of the encoder
+        target="span",
+        top_k=1,
+        target_norm=False,
+        embed_scale=1.0,
+        loss="mse",
+        sigreg=0.0,
+        pretrain_lr=1e-3,
+    ),
     # v2.0: two phases with cross-entropy alone; the decoder reads the encoder's token latents
-    v2=NO_TOKENS | dict(distill_steps=0, memory="tokens", alpha_start=0.0),
+    v2=dict(mlm=0.0, distill_steps=0, memory="tokens", alpha_start=0.0),
     # all that prevents a collapse is off
-    collapse=NO_TOKENS | dict(stop_gradient=False, ema_half_life=0, sigreg=0.0, loss="mse"),
+    collapse=dict(mlm=0.0, stop_gradient=False, ema_half_life=0, sigreg=0.0, loss="mse"),
 )
 # A folder holds one run. What shapes the model and its reading can't change in it; its text is
 # compared by content.
@@ -191,10 +191,6 @@ FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pre
 # not tuned: predicted spans are inexact already, so they get less noise than answers.
 TEXT = dict(
     n_layer=2,
-    top_k=3,
-    embed_scale=50.0,
-    target="token",
-    loss="infonce",
     max_span=3,
     mask_ratio=0.2,
     batch_size=32,
@@ -231,9 +227,6 @@ def resolve(given):
     if goes_on and given.get("init_from"):
         raise ValueError("--init_from begins a run with phase 1: leave it out, or leave --resume "
                          "and --phase out")
-    continues = goes_on or given.get("init_from")
-    if continues and "top_k" not in given:
-        asked.pop("top_k", None)                        # it was settled when the run began
     if goes_on:
         base = dict(load_checkpoint(out)["config"], resume=False)
         base["out"] = out                               # the folder may have been copied
@@ -249,12 +242,6 @@ def resolve(given):
         same_run(f"--init_from={given['init_from']}", base, asked)
     elif asked.get("data", "facts") != "facts" and not asked.get("qa"):
         base = text_settings(asked)
-    if not continues and "top_k" not in given:
-        n_layer = (base | asked).get("n_layer", Config.n_layer)
-        if asked.get("top_k", 0) > Config.n_layer:      # recipe latent: all layers and embeddings
-            asked["top_k"] = n_layer + 1
-        elif "n_layer" in asked:                        # the mean of four layers, or of all
-            asked.setdefault("top_k", min(Config.top_k, n_layer))
     return Config(**base | asked)
 
 def text_settings(asked):

@@ -29,7 +29,7 @@ from labs.controls import MASKED_LM
 from labs.facts import quietly
 from labs.measures import PENALTIES, content_sensitivity, features
 from labs.probes import Probe, accuracy, continents, folds
-from labs.runs import Arm, open_run, train_arm
+from labs.runs import READING, Arm, open_run, train_arm
 from labs.tables import by_seed, markdown, page_tables, publish
 
 BASE = Arm(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100,
@@ -58,8 +58,9 @@ CHANGES = {
     "latent with 4 x 128 predictor": LATENT | dict(pred_layer=4, pred_embd=128),
     "masked LM": MASKED_LM,
     "default": LATENT | dict(mlm=Arm.mlm, pred_embd=Arm.pred_embd),
-    # all protections off; its target is the one of `latent by MSE`
-    "recipe=collapse": LATENT | train.RECIPES["collapse"],
+    # train.py's default with all protections off
+    "recipe=collapse": READING | dict(pred_layer=1, pred_embd=128, target_norm=True)
+                       | train.RECIPES["collapse"],
 }
 ARMS = {name: dataclasses.replace(BASE, **change) for name, change in CHANGES.items()}
 # what --fast runs: an arm of each kind

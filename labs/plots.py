@@ -130,8 +130,8 @@ def facts(taught, read, rows):
     """What was taught in latent space alone, and what was only read."""
     former = ["LAT told as tokens", "shuffled L_a", "distill_steps=0"]
     arms = [*arms_of("facts", 0), *arms_of("facts", 3), *(f"former: {name}" for name in former)]
-    colours = {"default": BLUE, "recipe=latent": RED, "masked LM": GREEN, "GPT": PURPLE,
-               "default from random-init encoder": ORANGE}
+    colours = {"default": BLUE, "latents alone": RED, "masked LM": GREEN, "GPT": PURPLE,
+               "default without phase 1": ORANGE}
     for axis, split in ((taught, "LAT"), (read, "TXT")):
         dots(axis, rows, arms, f"em_{split}_heldout", colours)
         axis.set(xlim=(-.03, 1.03), xlabel="exact match, share of questions")

@@ -46,7 +46,7 @@ from labs.arms import chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM, Reader, WordEnergy
 from labs.measures import features, logistic_probe, rankme
 from labs.probes import PENALTIES, PROBES, accuracy, facts_probes, text_probes
-from labs.runs import Arm, fit, model_of
+from labs.runs import NO_TOKENS, READING, Arm, fit, model_of
 from labs.tables import markdown, page_tables, publish
 
 WORLDS = {"facts": {}, "glosses": dict(data="data/wordnet/input.txt")}     # fields of a Config
@@ -81,16 +81,17 @@ class Config(Arm):
     tune: bool = False          # measure dev accuracies alone, of each reading
     stride: int = 1             # ask only every n-th text and statement
 
-PAPER, LATENT = train.RECIPES["paper"], train.RECIPES["latent"]
+PAPER = train.RECIPES["paper"]
+LATENT = READING | dict(mlm=0.0)    # --recipe=latent, with as many blocks as the other arms
 idea = functools.partial(dict, **LATENT, like="latent", only="2.5M")
 CHANGES = {                     # of train.py's default
     "default": {},
     "masked LM": MASKED_LM,
     "random-init": dict(pretrain_steps=0),
     "latent": LATENT,
-    "latent by MSE": train.NO_TOKENS,
+    "latent by MSE": NO_TOKENS,
     "default without predictor": dict(variant="NoPredictor"),
-    "latent by MSE without predictor": train.NO_TOKENS | dict(variant="NoPredictor"),
+    "latent by MSE without predictor": NO_TOKENS | dict(variant="NoPredictor"),
     "GPT": dict(model="gpt"),
     "paper": PAPER,
     "paper + InfoNCE": PAPER | dict(loss="infonce"),

@@ -17,10 +17,16 @@ from labs import variants
 class Arm(train.Config):
     """An arm: the flags of train.py, and which variant of the model is trained.
 
-    Most arms were measured before phase 2 saw questions as people type them. They keep the
-    settings of that time, which stand here; an arm with `NOW` has those of train.py.
+    Most arms were measured when phase 1 minimised the squared error of each span's mean latent
+    (MSE), and before phase 2 saw questions as people type them. They keep the settings of that
+    time, which stand here; an arm with `NOW` has those of train.py.
     """
     variant: str = "TJEPA"  # a class of labs/variants.py, where only an experiment needs it
+    target: str = "span"
+    top_k: int = 4
+    embed_scale: float = 1.0
+    loss: str = "mse"
+    pretrain_lr: float = 1e-3
     pred_layer: int = 2
     question_drop: float = 0.2
     question_noise: float = 0.0
@@ -34,6 +40,10 @@ class Arm(train.Config):
 
 NOW = {field.name: getattr(train.Config, field.name) for field in dataclasses.fields(train.Config)
        if field.default != getattr(Arm, field.name)}
+# what phase 1 predicts, and from what
+READING = {name: NOW[name]
+           for name in ("target", "top_k", "embed_scale", "loss", "pretrain_lr")}
+NO_TOKENS = dict(mlm=0.0, pred_embd=64)     # latents alone by MSE: half the width was measured
 
 def corpus_from(documents, block_size, vocab_size, name):
     """Documents, a list of strings, as a `data.Corpus`; the last twentieth is held out.

@@ -29,7 +29,7 @@ from labs import controls, grounding, measures
 from labs.arms import main
 from labs.facts import begin, keep, relabel, run_lab
 from labs.grounding import IDK, answers_of, least_likely, silent, think, trust
-from labs.runs import Arm, fit, open_run, plain, train_arm
+from labs.runs import NO_TOKENS, Arm, fit, open_run, plain, train_arm
 
 SHARED = "phases 1 and 2"       # the arm from which the others start
 SCHEDULES = dict(               # weight of the latent loss over alpha_start, by progress 0 to 1
@@ -40,8 +40,8 @@ SCHEDULES = dict(               # weight of the latent loss over alpha_start, by
 @dataclasses.dataclass
 class Config(Arm):
     """An arm, which trains the phases from cfg.phase on. Latents alone, as in the papers."""
-    mlm: float = train.NO_TOKENS["mlm"]
-    pred_embd: int = train.NO_TOKENS["pred_embd"]
+    mlm: float = NO_TOKENS["mlm"]
+    pred_embd: int = NO_TOKENS["pred_embd"]
     eval_every: int = 100           # steps between two looks at the gradients
     phase: str = "speak"
     start: str = SHARED             # the arm whose phases before `phase` are copied

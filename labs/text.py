@@ -33,7 +33,7 @@ import tjepa
 import train
 from labs.arms import Flags, chosen, in_short, main, run_arms
 from labs.controls import MASKED_LM, read_gpt
-from labs.runs import NOW, Arm, open_run, train_arm
+from labs.runs import NO_TOKENS, NOW, Arm, open_run, train_arm
 from labs.tables import table
 
 def settings(n_characters, file):
@@ -48,7 +48,7 @@ def systems(text):
     """The systems that read a text, with its settings: name -> Arm."""
     return {
         "default": Arm(**text),
-        "latents alone": Arm(**text | train.NO_TOKENS),
+        "latents alone": Arm(**text | NO_TOKENS),
         "masked LM": Arm(**text | MASKED_LM | dict(phase="pretrain")),
         "GPT": Arm(**text | dict(phase="pretrain", variant="GPT")),
     }

@@ -13,7 +13,7 @@ def every(z):
 # -- energy ----------------------------------------------------------------------------------------
 def test_energy_is_the_prediction_error_of_the_span():
     """By hand: the mean prediction of the hidden positions against their mean target latent."""
-    model, text, hidden = make(), rows(1), [10, 11, 12]
+    model, text, hidden = make(target="span", loss="mse"), rows(1), [10, 11, 12]
     spans = torch.full_like(text, model.cfg.max_spans)
     spans[:, hidden] = 0
     seen = torch.tensor([[t for t in range(32) if t not in hidden]])

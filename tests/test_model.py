@@ -90,7 +90,7 @@ def test_the_predictor_knows_which_position_is_asked_for(model):
 
 def test_a_span_target_is_the_mean_of_its_tokens():
     """Computed token by token: section 3.1 defines the target of a span as this mean."""
-    model = make(target_norm=False)
+    model = make(target="span", target_norm=False)
     tokens = rows(2)
     spans = spans_of(model, tokens)
     target, latents = model.predict(tokens, spans).target, model.encode(tokens)
@@ -199,7 +199,7 @@ def test_half_life_inf_freezes_the_target_and_0_copies(half_life, copies):
 
 def test_latents_are_compared_in_fp32():
     """Autocast would round the means of spans to eight bits."""
-    model, tokens = make(target_norm=False), rows()
+    model, tokens = make(target="span", target_norm=False), rows()
     with torch.autocast("cpu", torch.bfloat16):
         found = model.predict(tokens, spans_of(model, tokens))
     for latents in (found.predicted, found.target):

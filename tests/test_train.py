@@ -203,12 +203,12 @@ def test_a_later_command_does_not_repeat_the_line_of_phase_1(world, tmp_path, ca
     """Phase 2 changes the encoder: the line would be stale. One command tells all that it did."""
     cfg = config(world.folder, tmp_path / "run", **ONE_STEP)
     train.run(dataclasses.replace(cfg, phase="pretrain"))
-    assert "\npretrain: R2" in capsys.readouterr().out
+    assert "\npretrain: hit1" in capsys.readouterr().out
     train.run(dataclasses.replace(cfg, phase="distill"))
     said = capsys.readouterr().out
-    assert "pretrain: R2" not in said and "\ndistill: R@1" in said
+    assert "pretrain: hit1" not in said and "\ndistill: R@1" in said
     train.run(config(world.folder, tmp_path / "all", **ONE_STEP))
-    assert "\npretrain: R2" in capsys.readouterr().out
+    assert "\npretrain: hit1" in capsys.readouterr().out
 
 
 def test_a_collapsed_run_is_told_when_it_happens_and_at_the_end(world, tmp_path, capsys):
@@ -425,26 +425,14 @@ def test_a_smoke_run_says_what_to_expect_of_it(world, tmp_path, capsys):
     assert report.MINUTE not in capsys.readouterr().out
 
 
-def test_few_layers_lower_top_k_by_themselves():
-    """A default that follows from another flag is no error; one that was given is."""
-    assert train.resolve(dict(n_layer=2)).top_k == 2
-    assert train.resolve(dict(n_layer=6)).top_k == train.Config.top_k
-    assert train.resolve(dict(n_layer=2, recipe="paper")).top_k == 1
-    for n_layer in (2, 4, 6):           # recipe latent: all layers and the embedding
-        assert train.resolve(dict(n_layer=n_layer, recipe="latent")).top_k == n_layer + 1
-    with pytest.raises(ValueError, match="--top_k=4 must be 1 to n_layer \\+ 1 = 3"):
-        train.resolve(dict(n_layer=2, top_k=4))
-
-
 def test_a_recipe_can_be_named_again_when_its_run_goes_on(world, tmp_path):
-    """Its top_k was fitted to the depth at the start, so that it is not compared as written."""
+    """It asks for what the run has already."""
     given = FLAGS | dict(recipe="latent", data=world.cfg.data, out=str(tmp_path / "run"),
-                         phase="pretrain", pretrain_steps=2, n_layer=2)
-    given.pop("top_k", None)
+                         phase="pretrain", pretrain_steps=2)
     train.run(train.resolve(given))
-    assert train.resolve(given | dict(resume=True)).top_k == 3
+    assert train.resolve(given | dict(resume=True)).mlm == 0
     assert train.resolve(dict(init_from=given["out"], out=str(tmp_path / "more"),
-                              recipe="latent")).top_k == 3
+                              recipe="latent")).mlm == 0
 
 
 def test_every_recipe_fits_every_preset_and_only_the_default_sees_tokens():
