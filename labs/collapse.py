@@ -57,7 +57,7 @@ CHANGES = {
     "latent without predictor": LATENT | dict(variant="NoPredictor"),
     "latent with 4 x 128 predictor": LATENT | dict(pred_layer=4, pred_embd=128),
     "masked LM": MASKED_LM,
-    "default": LATENT | dict(mlm=Arm.mlm, pred_embd=Arm.pred_embd),
+    "hybrid by MSE": LATENT | dict(mlm=Arm.mlm, pred_embd=Arm.pred_embd),
     # train.py's default with all protections off
     "recipe=collapse": READING | dict(pred_layer=1, pred_embd=128, target_norm=True)
                        | train.RECIPES["collapse"],

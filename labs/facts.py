@@ -12,10 +12,10 @@ nothing is right; one slot does what four do; token latents alone give DEC and n
 makes the model forget A, and replay prevents it; the GPT is better than T-JEPA wherever it was
 taught, and not where it only read; a GPT that was told LAT facts as tokens is the ceiling.
 Of the default's loss, expected on another seed: a token term adds a little to TXT, nothing to LAT;
-a masked LM with as large embeddings gains, and stays behind in TXT. It did not on seed 0 (.634; with
-tokens .560). Of today's default, half as many steps as before: LAT above .95, TXT near .48; latents
-alone lose .1 of TXT, the masked LM gains .05; without phase 1 LAT falls to .9; the GPT keeps its
-.1 of LAT and TXT.
+a masked LM with as large embeddings gains, and stays behind in TXT. It did not on seed 0 (.634;
+with tokens .560). Of today's default, half as many steps as before: LAT above .95, TXT near .48;
+latents alone lose .1 of TXT, the masked LM gains .05; without phase 1 LAT falls to .9; the GPT
+keeps its .1 of LAT and TXT.
 
 The default, and the arms after it, have the settings of train.py. The others are older: by MSE on
 spans, latents alone unless their name says otherwise, for twice the steps of today. Arms of a group

@@ -12,9 +12,10 @@ import evaluate
 import train
 from labs.runs import fit
 
-# recipe -> its command and colour
-RUNS = {"default": ("python train.py", "#0072B2"),
-        "collapse": ("python train.py --recipe=collapse", "#D55E00")}
+# Both minimise the squared error: what the second one lacks is what prevents collapse.
+# run -> its flags and colour
+RUNS = {"healthy": (dict(loss="mse"), "#0072B2"),
+        "collapse": (dict(recipe="collapse"), "#D55E00")}
 SHORT = dict(phase="pretrain", batch_size=32, pretrain_steps=240, eval_every=8)
 # column of health.csv -> its panel
 NUMBERS = {"loss": dict(title="latent loss", yscale="log"),
@@ -36,13 +37,18 @@ def answer_latents(run, items):
         latents.append(hidden[len(left):len(left) + len(answer)].mean(0))
     return torch.stack(latents).cpu().numpy()
 
-def recorded(recipe, folder):
+def command_of(name):
+    """The command of a run, but for its length."""
+    flags = RUNS[name][0].items()
+    return "python train.py " + " ".join(f"--{flag}={value}" for flag, value in flags)
+
+def recorded(name, folder):
     """Arrays of a short run of phase 1, which is trained if the folder does not have them: numbers
     and latents at each evaluation."""
-    path = folder / f"{recipe}.npz"
+    path = folder / f"{name}.npz"
     if path.exists():
         return dict(np.load(path))
-    cfg = train.Config(recipe=recipe, out=str(folder / recipe), **SHORT | train.RECIPES[recipe])
+    cfg = train.resolve(SHORT | dict(out=str(folder / name)) | RUNS[name][0])
     corpus = data.load(cfg)
     device, dtype = train.pick_device(cfg)
     model = train.build(cfg, corpus.tokenizer).to(device)
@@ -99,10 +105,10 @@ def draw_movie(runs, folder):
         for dots, name, mine in clouds:
             dots.set_offsets(frames[name][number][mine])
         for axis, (name, run) in zip(axes, runs.items()):
-            axis.set_title(f"{RUNS[name][0]}\nstep {run['steps'][number]}:  "
+            axis.set_title(f"{command_of(name)}\nstep {run['steps'][number]}:  "
                            f"std {run['std'][number]:.2f}   R2 {run['val_r2'][number]:.2f}",
                            fontsize=10)
-    last = len(frames["default"]) - 1
+    last = len(frames["healthy"]) - 1
     # the first frame stays for half a second, the last one for two
     order = [0, 0, *range(last + 1), *[last] * 12]
     FuncAnimation(figure, show, order).save(folder / "latents.gif", PillowWriter(fps=6), dpi=80)
@@ -113,19 +119,19 @@ def draw_health(runs, folder):
     axes = figure.subplots(2, 3).flatten()
     for axis, (column, panel) in zip(axes, NUMBERS.items()):
         for name, run in runs.items():
-            label, colour = RUNS[name]
             there = np.isfinite(run[column])
-            axis.plot(run["steps"][there], run[column][there], color=colour, lw=2.2, label=label)
+            axis.plot(run["steps"][there], run[column][there], color=RUNS[name][1], lw=2.2,
+                      label=command_of(name))
         axis.set(xlabel="optimizer step of phase 1", **panel)
         axis.grid(color="0.92")
     axes[1].axhline(0, color="0.3", ls="--", lw=1)
-    axes[4].axhline(runs["default"]["chance"][-1], color="0.3", ls="--", lw=1)
+    axes[4].axhline(runs["healthy"]["chance"][-1], color="0.3", ls="--", lw=1)
     axes[5].axis("off")
     axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=12)
     figure.savefig(folder / "health.png", dpi=100, metadata={"Software": None})
     with open(folder / "health.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["recipe", "step", *NUMBERS])
+        writer.writerow(["run", "step", *NUMBERS])
         for name, run in runs.items():
             for i, step in enumerate(run["steps"]):
                 writer.writerow([name, step, *(f"{run[column][i]:.4g}" for column in NUMBERS)])

@@ -48,7 +48,7 @@ def test_arms_share_tokens_width_and_schedule():
 
 
 def test_an_arm_that_takes_over_a_learning_rate_differs_in_one_thing_from_its_control():
-    """A way to improve the cloze is the default with one change, or a masked LM with one."""
+    """A way to improve the cloze is the hybrid with one change, or a masked LM with one."""
     for name, cfg in ARMS.items():
         if not cfg.like:
             continue
@@ -63,7 +63,7 @@ def test_every_arm_reads_the_same_rows(tmp_path, monkeypatch):
     drawn, batch = [], data.Text.batch
     monkeypatch.setattr(data.Text, "batch",
                         lambda self, n: drawn.append(batch(self, n)) or drawn[-1])
-    for name in ("default", "masked LM", "GPT", "paper + SIGReg", "fixed blocks"):
+    for name in ("hybrid by MSE", "masked LM", "GPT", "paper + SIGReg", "fixed blocks"):
         loss_at = pretraining.open_arm(small(name, tmp_path))[1]
         torch.manual_seed(5)
         loss_at(0.0)[0].backward()
@@ -240,7 +240,7 @@ def test_a_reading_is_the_layers_that_it_names():
 
 def test_texts_longer_than_a_row_are_cut(tmp_path):
     """They differ only after block_size tokens, so their vectors are equal."""
-    run, _ = pretraining.open_arm(small("default", tmp_path))
+    run, _ = pretraining.open_arm(small("hybrid by MSE", tmp_path))
     x = pretraining.vectors(run, ["Paris is " * 300, "Paris is " * 200, "Paris"], 1)
     assert x.shape == (3, 32)
     assert torch.allclose(x[0], x[1], atol=1e-6) and not torch.allclose(x[0], x[2], atol=1e-3)
@@ -307,7 +307,7 @@ def test_cloze_of_models_whose_answers_are_known(corpus, model, every, same):
 
 @pytest.mark.parametrize("name, kinds", [
     ("latent", [tjepa.TJEPA]),
-    ("default", [tjepa.TJEPA, WordEnergy]),
+    ("hybrid by MSE", [tjepa.TJEPA, WordEnergy]),
     ("masked LM", [WordEnergy, WordEnergy]),
     ("GPT", [Reader]),
 ])
@@ -329,22 +329,22 @@ def tuned(arm, **figures):
 
 def test_the_choice_is_the_best_on_dev_and_the_final_runs_take_it_over():
     """Also those arms that are like another one; they have 7M tokens of facts only."""
-    rows = [tuned("default lr=0.001", lr=1e-3, dev_1=0.5, dev_4=0.6),
-            tuned("default lr=0.002", lr=2e-3, dev_1=0.7, dev_4=0.4),
+    rows = [tuned("hybrid by MSE lr=0.001", lr=1e-3, dev_1=0.5, dev_4=0.6),
+            tuned("hybrid by MSE lr=0.002", lr=2e-3, dev_1=0.7, dev_4=0.4),
             tuned("GPT lr=0.001", lr=1e-3, dev_1=-1.0, dev_4=0.9)]
-    names = ["default", "GPT", "two masks"]
+    names = ["hybrid by MSE", "GPT", "two masks"]
     runs = pretraining.finals(["facts"], names, ["2.5M", "7M"], rows)
     taken = {name: (cfg.pretrain_lr, cfg.read, cfg.tune) for name, cfg in runs.items()}
     assert taken == {
-        "facts 2.5M default": (2e-3, "1", False), "facts 2.5M GPT": (1e-3, "4", False),
-        "facts 7M default": (2e-3, "1", False), "facts 7M GPT": (1e-3, "4", False),
+        "facts 2.5M hybrid by MSE": (2e-3, "1", False), "facts 2.5M GPT": (1e-3, "4", False),
+        "facts 7M hybrid by MSE": (2e-3, "1", False), "facts 7M GPT": (1e-3, "4", False),
         "facts 7M two masks": (2e-3, "1", False)}
-    assert runs["facts 7M default"].eval_every * 8 == runs["facts 7M default"].pretrain_steps
+    assert runs["facts 7M hybrid by MSE"].eval_every * 8 == runs["facts 7M hybrid by MSE"].pretrain_steps
 
 
 def test_tuning_gives_every_trained_arm_the_same_grid():
     """Without steps one learning rate is enough; an arm that is like another one is not tuned."""
-    names = ["default", "two masks", "masked LM", "random-init"]
+    names = ["hybrid by MSE", "two masks", "masked LM", "random-init"]
     runs = pretraining.tuning(["facts", "glosses"], names, pretraining.GRID)
     assert len(runs) == 2 * (4 + 4 + 1) and all(cfg.tune for cfg in runs.values())
 
@@ -354,7 +354,7 @@ def test_tuning_survives_an_arm_that_diverges_and_a_final_run_does_not(tmp_path,
     def diverge(*args):
         raise ValueError("no longer a number")
     monkeypatch.setattr(pretraining, "fit", diverge)
-    cfg = small("default", tmp_path, tune=True)
+    cfg = small("hybrid by MSE", tmp_path, tune=True)
     rows = [pretraining.measure(cfg), dict(lr=1.0, dev_1=0.1)]
     assert pretraining.choose(rows) == dict(pretrain_lr=1.0, read="1")
     with pytest.raises(ValueError, match="no longer"):
@@ -364,14 +364,14 @@ def test_tuning_survives_an_arm_that_diverges_and_a_final_run_does_not(tmp_path,
 def test_a_long_run_is_measured_at_its_eighth_quarter_half_and_end(tmp_path, monkeypatch):
     """A short one at its end alone."""
     monkeypatch.setattr(pretraining, "judge", lambda run, probes: dict(probes=0.0))
-    row = pretraining.measure(small("default", tmp_path, pretrain_steps=8, eval_every=1))
+    row = pretraining.measure(small("hybrid by MSE", tmp_path, pretrain_steps=8, eval_every=1))
     assert [look["tokens"] / (4 * 64) for look in row["curve"]] == [1, 2, 4, 8]
-    row = pretraining.measure(small("default", tmp_path, pretrain_steps=3))
+    row = pretraining.measure(small("hybrid by MSE", tmp_path, pretrain_steps=3))
     assert [look["tokens"] for look in row["curve"]] == [3 * 4 * 64]
 
 
 @pytest.mark.parametrize("name, cloze", [
-    ("default", {"cloze_all", "cloze_tokens_all"}),
+    ("hybrid by MSE", {"cloze_all", "cloze_tokens_all"}),
     ("GPT", {"cloze_all"}),
     ("bag of random embeddings", set()),
 ])
@@ -393,20 +393,20 @@ def test_a_tuning_run_measures_dev_alone(tmp_path):
 
 def test_a_mean_is_over_all_probes_or_not_given():
     """Facts and glosses of an arm and budget are one row; one world alone has no mean of all."""
-    facts = dict(arm="facts 2.5M default", seed=0, probes=0.5, cloze_all=0.7)
-    glosses = dict(arm="glosses 2.5M default", seed=0, probes=0.2)
-    other = glosses | dict(arm="glosses 7M default", probes=0.9)
+    facts = dict(arm="facts 2.5M hybrid by MSE", seed=0, probes=0.5, cloze_all=0.7)
+    glosses = dict(arm="glosses 2.5M hybrid by MSE", seed=0, probes=0.2)
+    other = glosses | dict(arm="glosses 7M hybrid by MSE", probes=0.9)
     row, part = pretraining.joined([facts, glosses, other])
     assert row["all 2.5M"] == pytest.approx(0.35) and "all 7M" not in row
     assert (row["facts 2.5M"], row["glosses 7M"], row["cloze 2.5M"]) == (0.5, 0.9, 0.7)
-    assert (part["arm"], part["probes"]) == ("default, 2.5M", 0.5)
+    assert (part["arm"], part["probes"]) == ("hybrid by MSE, 2.5M", 0.5)
 
 
 def test_what_tuning_chose_is_the_best_dev_accuracy():
     """Over rates and readings."""
-    text = pretraining.choices([tuned("default lr=0.001", lr=1e-3, dev_1=0.5, dev_4=0.6),
-                                tuned("default lr=0.002", lr=2e-3, dev_1=0.4, dev_4=0.5)])
-    assert "| facts default | 0.001 | 4 | 0.600 at 0.001, 0.500 at 0.002 |" in text
+    text = pretraining.choices([tuned("hybrid by MSE lr=0.001", lr=1e-3, dev_1=0.5, dev_4=0.6),
+                                tuned("hybrid by MSE lr=0.002", lr=2e-3, dev_1=0.4, dev_4=0.5)])
+    assert "| facts hybrid by MSE | 0.001 | 4 | 0.600 at 0.001, 0.500 at 0.002 |" in text
 
 
 @pytest.mark.parametrize("flags", [dict(arms="nobody"), dict(budget="3M"), dict(world="moon")])
