@@ -12,17 +12,14 @@ import evaluate
 import train
 from labs.runs import fit
 
-# Both minimise the squared error: what the second one lacks is what prevents collapse.
 # run -> its flags and colour
-RUNS = {"healthy": (dict(loss="mse"), "#0072B2"),
-        "collapse": (dict(recipe="collapse"), "#D55E00")}
+RUNS = {"healthy": ({}, "#0072B2"), "collapse": (dict(recipe="collapse"), "#D55E00")}
 SHORT = dict(phase="pretrain", batch_size=32, pretrain_steps=240, eval_every=8)
 # column of health.csv -> its panel
 NUMBERS = {"loss": dict(title="latent loss", yscale="log"),
-           "val_r2": dict(title="R2 on held-out text", ylim=(-1, 1)),
-           "std": dict(title="std of the latents", ylim=(0, 1.05)),
+            "std": dict(title="std of the latents", ylim=(0, 1.05)),
            "rank": dict(title="rank of the latents, at most 128", ylim=(0, 132)),
-           "hit1": dict(title="hit1, share of spans")}
+           "hit1": dict(title="hit1, share of predictions")}
 
 @torch.no_grad()
 def answer_latents(run, items):
@@ -40,7 +37,7 @@ def answer_latents(run, items):
 def command_of(name):
     """The command of a run, but for its length."""
     flags = RUNS[name][0].items()
-    return "python train.py " + " ".join(f"--{flag}={value}" for flag, value in flags)
+    return " ".join(["python train.py", *(f"--{flag}={value}" for flag, value in flags)])
 
 def recorded(name, folder):
     """Arrays of a short run of phase 1, which is trained if the folder does not have them: numbers
@@ -64,7 +61,7 @@ def recorded(name, folder):
     steps = np.arange(len(latents)) * cfg.eval_every
     losses = {row["step"]: row.get("latent", np.nan) for row in log.rows}
     found = {name: np.array([row[name] for row in figures])
-             for name in ("val_r2", "std", "rank", "hit1", "chance")}
+             for name in ("std", "rank", "hit1", "chance")}
     found |= dict(steps=steps, loss=np.array([losses.get(step, np.nan) for step in steps]),
                   relation=np.array([item.relation for item in corpus.cloze]),
                   latents=np.stack(latents))
@@ -106,7 +103,7 @@ def draw_movie(runs, folder):
             dots.set_offsets(frames[name][number][mine])
         for axis, (name, run) in zip(axes, runs.items()):
             axis.set_title(f"{command_of(name)}\nstep {run['steps'][number]}:  "
-                           f"std {run['std'][number]:.2f}   R2 {run['val_r2'][number]:.2f}",
+                           f"std {run['std'][number]:.2f}   hit1 {run['hit1'][number]:.3f}",
                            fontsize=10)
     last = len(frames["healthy"]) - 1
     # the first frame stays for half a second, the last one for two
@@ -114,9 +111,9 @@ def draw_movie(runs, folder):
     FuncAnimation(figure, show, order).save(folder / "latents.gif", PillowWriter(fps=6), dpi=80)
 
 def draw_health(runs, folder):
-    """health.png: loss, R2, std, rank and hit1 of both runs; health.csv has the numbers."""
-    figure = Canvas((11, 5.6), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    """health.png: loss, std, rank and hit1 of both runs; health.csv has the numbers."""
+    figure = Canvas((9, 6), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
     for axis, (column, panel) in zip(axes, NUMBERS.items()):
         for name, run in runs.items():
             there = np.isfinite(run[column])
@@ -124,10 +121,9 @@ def draw_health(runs, folder):
                       label=command_of(name))
         axis.set(xlabel="optimizer step of phase 1", **panel)
         axis.grid(color="0.92")
-    axes[1].axhline(0, color="0.3", ls="--", lw=1)
-    axes[4].axhline(runs["healthy"]["chance"][-1], color="0.3", ls="--", lw=1)
-    axes[5].axis("off")
-    axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=12)
+    axes[3].axhline(runs["healthy"]["chance"][-1], color="0.3", ls="--", lw=1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  frameon=False, fontsize=12)
     figure.savefig(folder / "health.png", dpi=100, metadata={"Software": None})
     with open(folder / "health.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

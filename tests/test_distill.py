@@ -249,11 +249,11 @@ def test_an_aligned_run_resumes_bit_exactly(toy, monkeypatch, stop_at):
 def test_a_student_can_be_asked(toy, capsys):
     """sample.py knows the student's concepts, which are its teacher's, and its threshold."""
     folder, large, small, _ = toy
-    question = "What is the colour of the moss?"
+    question = "What is the colour of the coal?"
     sample.main([f"--out={small.out}", f"--prompt={question}", "--always_answer"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("green")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("black")
     sample.main([f"--out={small.out}", f"--inspect={question}"])
-    assert capsys.readouterr().out.splitlines()[2].endswith("green")
+    assert capsys.readouterr().out.splitlines()[2].endswith("black")
 
 
 # -- bad input -------------------------------------------------------------------------------------

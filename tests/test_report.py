@@ -188,8 +188,8 @@ def test_healthy_never_stands_beside_a_negative_r2():
     figures = dict(val_r2=-2.4, rank=95.0, bound=128, health="healthy", hit1=0.21, chance=0.001)
     said, = report.summary(figures)
     assert "R2" not in said and "hit1 0.21 (chance 0.001)" in said and "healthy" in said
-    said, = report.summary(figures | dict(health="unlearned"))
-    assert "R2 -2.40" in said
+    said, = report.summary(figures | dict(val_r2=0.5))
+    assert "R2 0.50" in said and "hit1" not in said
 
 
 COLLAPSED = dict(health="collapsed", std=0.02, rank=91.0, bound=128)
@@ -198,7 +198,7 @@ COLLAPSED = dict(health="collapsed", std=0.02, rank=91.0, bound=128)
 @pytest.mark.parametrize("changes, flag", [
     (dict(stop_gradient=False, ema_half_life=0, sigreg=0.0), "--stop_gradient=False"),
     (dict(ema_half_life=0, sigreg=0.0), "--ema_half_life=0"), (dict(sigreg=0.0), "--sigreg=0.0"),
-    (dict(target_norm=False), "--target_norm=False"), ({}, "--pretrain_lr=0.001 (lower it)")])
+    (dict(target_norm=False), "--target_norm=False"), ({}, "--pretrain_lr=0.002 (lower it)")])
 def test_a_collapse_is_told_with_its_figure_and_the_flag_at_fault(changes, flag):
     said = report.alarm(COLLAPSED, train.Config(**changes))
     assert said.startswith("COLLAPSED: spread 0.014 is below 0.12 ")
