@@ -255,8 +255,7 @@ def steps(lab):
         acts["GPT of our blocks"] = gpt_step(lab, gpt_of(width).to(lab.device))
         for number, phase in enumerate(train.PHASES, 1):
             acts[f"phase {number}, {phase}"] = phase_step(lab, phase, width)
-        acts["phase 1, latents alone"] = phase_step(
-            lab, "pretrain", width, mlm=0.0, pred_embd=width // 2)
+        acts["phase 1, latents alone"] = phase_step(lab, "pretrain", width, mlm=0.0)
         lab.measure("Training step", acts, lab.size.calls, width)
 
 def compiled(lab):
