@@ -1,8 +1,9 @@
 """
 What the figures mean: one definition each, in one place.
 
-    val_r2      1 - MSE(prediction, target) / MSE(mean target, target); 0: no better than the mean
-    hit1        share of predicted span latents whose nearest target in the batch is their own
+    val_r2      1 - MSE(prediction, target) / MSE(mean target, target); 0: no better than the mean.
+                Not for InfoNCE, which leaves the length of a prediction open
+    hit1        share of predicted latents whose nearest target in the batch is their own
     chance      the hit1 of a random guess
     std, rank, bound, cos, cos_centred, pos     the collapse panel: `tjepa.latent_health`
     health      its word: collapsed, shrinking, healthy; unlearned where val_r2 is not above 0
@@ -43,7 +44,7 @@ TYPING = ("lower", "no_mark", "typo")
 # -- phase 1: the text -----------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate_text(run, rows=256):
-    """Phase 1 on held-out text: r2, hit1 and its chance, and the collapse panel of the target.
+    """Phase 1 on held-out text: R2, hit1 and its chance, and the collapse panel of the target.
 
     rows: of 64 tokens; longer rows are as many fewer.
     """
@@ -60,30 +61,23 @@ def evaluate_text(run, rows=256):
 
     predicted = prediction.predicted[prediction.span_mask]                      # (spans, C)
     target = prediction.target[prediction.span_mask]                            # (spans, C)
-    every_span = torch.ones_like(target[:, 0])
-    r2 = tjepa.r_squared(predicted, target, every_span)
-
     # at most 2000 spans: the distance matrix grows with their square
     distance = torch.cdist(predicted[:2000], target[:2000])                     # (spans, spans)
     own = torch.arange(len(distance), device=run.device)
     hits = distance.argmin(1) == own
 
+    figures = dict(hit1=hits.float().mean().item(), chance=1 / len(distance))
+    learned = figures["hit1"] > 2 * figures["chance"]
+    if model.cfg.loss == "mse":
+        every = torch.ones_like(target[:, 0])
+        figures["val_r2"] = tjepa.r_squared(predicted, target, every).item()
+        learned = figures["val_r2"] > 0
+
     health = tjepa.latent_health(latents, tokens != model.cfg.pad)
     word = tjepa.health_word(health)
-    # Spread, but predicted no better than by their mean. InfoNCE leaves the lengths of predictions
-    # open, so that R2 is below 0: there the nearest target decides.
-    learned = r2 > 0
-    if model.cfg.loss == "infonce":
-        learned = hits.float().mean() > 2 / len(distance)
-    if word != "collapsed" and not learned:
+    if word != "collapsed" and not learned:         # spread, but nothing can be predicted
         word = "unlearned"
-    figures = {
-        "val_r2": r2.item(),
-        "hit1": hits.float().mean().item(),
-        "chance": 1 / len(distance),
-        "health": word,
-    }
-    return figures | health
+    return figures | health | dict(health=word)
 
 def around_gap(tokenizer, before, after):
     """Token ids of the text before and after a gap, as in running text."""

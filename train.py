@@ -50,7 +50,8 @@ class Config(tjepa.Config):
         "more text, more questions": ("init_from", "qa_val", "added"),
         "how long": ("pretrain_steps", "distill_steps", "speak_steps", "eval_every"),
         "one change, one effect": ("stop_gradient", "ema_half_life", "sigreg", "mlm", "loss",
-                                   "target", "top_k", "target_norm", "mask_ratio", "max_span"),
+                                   "target", "top_k", "target_norm", "embed_scale", "mask_ratio",
+                                   "max_span"),
     }
     phase: str = "all"          # pretrain | distill | speak | all; teach adds --qa to a run
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | minute | laptop: all | gpu
@@ -578,7 +579,7 @@ INTERRUPTS = Interrupts()
 
 # what the progress bar shows: of each line the first figure that was measured
 IN_BAR = (
-    ("loss",), ("val_r2",), ("rank",), ("health",),
+    ("loss",), ("hit1",), ("rank",), ("health",),
     ("r1_LAT_heldout", "r1_DEC_heldout", "r1_DEC"),
     ("em_LAT_heldout", "em_DEC_heldout", "em_DEC"),
     ("word_prior_hit5",), ("gap_em",),

@@ -12,7 +12,7 @@ import report
 
 # figures of a moment: name on the page, columns of metrics.csv (the first measured one), digits
 FIGURES = (("latents", ("health",), None), ("loss of phase 1", ("loss_1",), 4),
-           ("R2", ("val_r2",), 2), ("std", ("std",), 3),
+           ("hit1", ("hit1",), 3), ("std", ("std",), 3),
            ("right thoughts, taught", ("r1_DEC_heldout", "r1_DEC"), 2),
            ("right thoughts, only read", ("r1_TXT_heldout",), 2),
            ("right words, taught", ("em_DEC_heldout", "em_DEC"), 2),
@@ -50,7 +50,7 @@ def read_frames(folder):
         newest = newest | row
         if row["phase"] == "pretrain":
             newest["loss_1"] = row.get("latent", newest["loss_1"])
-        if row.keys() & {"val_r2", "threshold", "em_shuffled"}:
+        if row.keys() & {"hit1", "threshold", "em_shuffled"}:
             path = Path(folder) / "snapshots" / f"{row['phase']}-{row['step']}.npz"
             frames.append(Frame(row["phase"], row["step"], newest, read_snapshot(path)))
     return frames, rows

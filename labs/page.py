@@ -44,7 +44,7 @@ GAP = "The capital of France is [Paris]."
 # phase or None, lines across
 CURVES = (
     ("latent loss of phase 1", "log", None, ("latent",), "pretrain", ()),
-    ("R2 on held-out text", "linear", (-0.2, 1), ("val_r2",), "pretrain", (0,)),
+    ("hit1: predictions nearest to their own target", "linear", (0, 1), ("hit1",), "pretrain", ()),
     ("std x rank / bound (dashed: collapsed)", "linear", (0, 1), ("spread",), None,
      (tjepa.COLLAPSED,)),
     ("right thoughts, taught", "linear", (0, 1), ("r1_DEC_heldout", "r1_DEC"), None, ()),

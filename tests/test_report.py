@@ -16,7 +16,8 @@ import train
 ROWS = [
     dict(phase="pretrain", step=0, std=0.9, rank=40.0, bound=64, health="healthy", val_r2=-0.1),
     dict(phase="pretrain", step=20, latent=0.5, loss=0.5),
-    dict(phase="pretrain", step=40, latent=0.4, std=0.8, rank=32.0, bound=64, val_r2=0.1),
+    dict(phase="pretrain", step=40, latent=0.4, std=0.8, rank=32.0, bound=64, val_r2=0.1,
+         hit1=0.1),
 ]
 
 
@@ -137,7 +138,7 @@ def test_std_and_hit1_have_fixed_axes(panels):
     rows = [dict(ROWS[0], hit1=0.1, chance=0.01)]
     axes = panels(rows)
     assert axes["std across sequences"].get_ylim() == (0, 1.2)
-    assert axes["hit1 of spans, R@1 of thoughts"].get_ylim() == (0, 1)
+    assert axes["hit1 of latents, R@1 of thoughts"].get_ylim() == (0, 1)
 
 
 def test_the_spread_stands_beside_its_two_thresholds(panels):
@@ -165,7 +166,7 @@ def test_runs_are_compared_in_one_picture_and_one_table(tmp_path, capsys):
     report.main([*runs, f"--out={tmp_path / 'new' / 'both.png'}"])
     lines = capsys.readouterr().out.splitlines()
     assert (tmp_path / "new" / "both.png").stat().st_size > 10_000
-    assert lines[0].split()[:5] == ["run", "phase", "step", "val_r2", "spread"]
+    assert lines[0].split()[:5] == ["run", "phase", "step", "hit1", "spread"]
     assert [line.split()[:5] for line in lines[1:3]] == [
         [name, "pretrain", "40", "0.100", "0.400"] for name in ("a", "b")]
 
@@ -184,8 +185,8 @@ def test_a_figure_on_training_questions_is_called_that(tmp_path, monkeypatch):
 
 
 def test_healthy_never_stands_beside_a_negative_r2():
-    """InfoNCE trains directions alone: its R2 says nothing, and what decides is printed instead."""
-    figures = dict(val_r2=-2.4, rank=95.0, bound=128, health="healthy", hit1=0.21, chance=0.001)
+    """InfoNCE trains directions alone: it has no R2, and what decides is printed instead."""
+    figures = dict(rank=95.0, bound=128, health="healthy", hit1=0.21, chance=0.001)
     said, = report.summary(figures)
     assert "R2" not in said and "hit1 0.21 (chance 0.001)" in said and "healthy" in said
     said, = report.summary(figures | dict(val_r2=0.5))

@@ -290,6 +290,7 @@ def test_infonce_is_not_called_unlearned_for_the_length_of_its_predictions(run, 
         cfg.vocab_size, 16), predict=lambda tokens, spans: prediction)
     figures = evaluate.evaluate_text(run._replace(model=model), 64)
     assert figures["health"] == ("healthy" if learned else "unlearned")
+    assert ("val_r2" in figures) == (loss == "mse")
 
 
 # -- the text --------------------------------------------------------------------------------------

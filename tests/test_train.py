@@ -329,7 +329,7 @@ def test_phase_1_goes_on_from_another_run(world, tmp_path):
     before, after = weights(first.out), weights(given["out"])
     assert all(torch.equal(before[name], after[name]) for name in before
                if name.startswith(("context_encoder", "target_encoder", "predictor")))
-    assert figures["val_r2"] == train.load_checkpoint(first.out)["rows"][-1]["val_r2"]
+    assert figures["hit1"] == train.load_checkpoint(first.out)["rows"][-1]["hit1"]
     given |= dict(pretrain_steps=4, seed=1)
     assert train.run(train.resolve(given))["step"] == 4
     resumed = dict(resume=True, out=given["out"], pretrain_steps=6)
