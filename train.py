@@ -141,7 +141,7 @@ PRESETS = dict(
         dec_layer=2,
         batch_size=32,
         pretrain_steps=200, pretrain_lr=3e-3,
-        distill_steps=250, distill_lr=2e-3,
+        distill_steps=250, distill_lr=4e-3,
         speak_steps=200, speak_lr=3e-3,
     ),
     laptop=dict(

@@ -110,7 +110,8 @@ SIZE = 420, 200        # pixels of a thumbnail
 def write_transcript(path):
     """The last lines of train.py's output, but for the one about files and minutes."""
     lines = re.split(r"[\r\n]+", Path(path).read_text(encoding="utf-8").strip())
-    first = next(i for i, line in enumerate(lines) if line.startswith("pretrain: "))
+    first = next(i for i, line in enumerate(lines)
+                 if line.startswith(("pretrain: hit1", "pretrain: R2")))
     text = "\n".join(lines[first:-1])
     write_block(README, "transcript", f"```\n{text}\n```")
 

@@ -67,7 +67,8 @@ def test_energies_of_the_page_are_those_of_python(page, run):
 
 @in_a_browser
 @pytest.mark.parametrize("changes", [dict(memory="tokens"), dict(target="token", top_k=1),
-                                     dict(loss="infonce", target_norm=False, stop_gradient=False)])
+                                     dict(loss="mse", target="span", top_k=0, embed_scale=1.0,
+                                          target_norm=False, stop_gradient=False)])
 def test_other_shapes_of_the_model_run_in_the_page_too(changes, world, tmp_path):
     cfg = dataclasses.replace(world.cfg, out=str(tmp_path), pretrain_steps=2, distill_steps=20,
                               speak_steps=2, **changes)
