@@ -45,7 +45,7 @@ SYSTEMS = {
     "latents alone": ("latents alone: --recipe=latent", RED),
     "masked LM": ("tokens alone: a masked LM", GREEN),
     "default without phase 1": ("default without phase 1", ORANGE),
-    "GPT": ("GPT of the encoder's size", PURPLE),
+    "GPT with small embeddings": ("GPT, as large, twice the steps", PURPLE),
 }
 COLUMNS = {"DEC": "em_DEC_heldout", "LAT": "em_LAT_heldout", "TXT": "em_TXT_heldout"}
 FLOOR = "commonest DEC answer"
@@ -92,7 +92,7 @@ def write_table(rows):
     lines = [["the question is typed", "DEC", "LAT", "DEC, by the GPT"]]
     for wording, phrasing in WORDINGS.items():
         wanted = (("default", f"sure_DEC_{phrasing}"), ("default", f"sure_LAT_{phrasing}"),
-                  ("GPT", f"em_DEC_{phrasing}"))
+                  ("GPT with small embeddings", f"em_DEC_{phrasing}"))
         lines.append([wording, *(cell(over_seeds(rows, *one)) for one in wanted)])
     refused = [cell(over_seeds(rows, "default", name))
                for name in ("abstain", "abstain_typing", "abstain_nonsense")]
