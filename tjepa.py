@@ -666,8 +666,8 @@ class TJEPA(nn.Module):
         self.decoder = Decoder(cfg)
         self.predictor = Predictor(cfg)
         # W maps predicted latents (C) to the width of the teacher's (D), v1.1 section 3.3. It is
-        # the identity where the target encoder teaches: phase 2 then moves the predictor from
-        # the scale of phase 1's targets to that of standardised answers.
+        # the identity where the target encoder teaches: phase 2 then trains the predictor to the
+        # scale of standardised answers.
         self.W = nn.Linear(cfg.n_embd, cfg.teacher_width) if cfg.teacher_width else nn.Identity()
         self.apply(self.init_weights)
         # Copied after the initialisation: the target encoder starts as an exact copy.
@@ -702,7 +702,7 @@ class TJEPA(nn.Module):
         )[phase]
 
     def encode(self, tokens, encoder=None):
-        """Latents of a whole text: tokens (B, T) -> (B, T, C), mean of the last top_k layers.
+        """Latents of a whole text: tokens (B, T) -> (B, T, C), mean of the last cfg.top_k layers.
 
         The target encoder's, unless another encoder is given. Probes and teachers read them.
         """
@@ -776,9 +776,9 @@ class TJEPA(nn.Module):
         cfg = self.cfg
         p = self.predict(tokens, span_ids)
 
-        # 4. loss: distance between predicted and target latents. MSE is 0 if all latents are equal,
-        #    which is collapse: EMA and stop-gradient make that slow, SIGReg and the masked-LM loss
-        #    pull the latents apart
+        # 4. loss: InfoNCE, or the distance of predicted and target latents. MSE is 0 if all latents
+        #    are equal, which is collapse: EMA and stop-gradient make that slow, SIGReg and the
+        #    masked-LM loss pull the latents apart
         loss = self.latent_loss(p)
         stats = dict(latent=loss)
         if cfg.sigreg:
@@ -903,7 +903,7 @@ class TJEPA(nn.Module):
         """Thoughts of the removed spans of a text: predicted and target (B, S, C), mask (B, S).
 
         For a text without questions: phase 2 is skipped, and in phase 3 the decoder learns to say
-        removed spans. There is no W, because phase 1 has trained predictions to equal targets. Both
+        removed spans. There is no W, because phase 1 has trained predictions to match targets. Both
         are standardised; `fit_answer_scale` was given targets of spans. n_removed: as in `predict`.
         """
         p = self.predict(tokens, span_ids, n_removed, unit="span")

@@ -55,7 +55,7 @@ class Config(tjepa.Config):
     }
     phase: str = "all"          # pretrain | distill | speak | all; teach adds --qa to a run
     preset: str = "tiny"        # tiny: 305 facts, minutes on a CPU | minute | laptop: all | gpu
-    recipe: str = "default"     # default: a hybrid | latent | paper | v2 | collapse
+    recipe: str = "default"     # default: latents and tokens | latent | paper | v2 | collapse
     out: str = "out/tjepa"      # folder of the run: ckpt.pt, metrics.csv, curves.png, config.json
     data: str = "facts"         # facts, or the path of a UTF-8 .txt, or of a folder of them
     facts: str = "tiny"         # which part of the shipped facts: tiny | all
@@ -161,7 +161,7 @@ PRESETS = dict(
     ),
 )
 RECIPES = dict(
-    default={},             # a hybrid: latents and tokens
+    default={},             # latents and tokens
     latent=dict(mlm=0.0),   # the same, and no token is predicted in phase 1
     # v1.1 section 3.1 to the letter
     paper=dict(
@@ -187,9 +187,10 @@ FIXED = ("recipe facts tokenizer vocab_size block_size n_layer n_head n_embd pre
 
 # Settings of a text of one's own without questions. Phase 1's were chosen in a few runs of 1.8
 # million tokens on tiny Shakespeare without its last tenth (seed 0, two minutes of a core each);
-# labs/text.py measures them. With InfoNCE on tokens the energy tells words of similar frequency
-# apart (hit@5 .14, chance .05), with MSE it did not (.09). Steps, other sizes, noise and echo were
-# not tuned: predicted spans are inexact already, so they get less noise than answers.
+# labs/text.py measures them. With the default's loss, InfoNCE on tokens, the energy tells words of
+# similar frequency apart (hit@5 .14, chance .05), with MSE it did not (.09). Steps, other sizes,
+# noise and echo were not tuned: predicted spans are inexact already, so they get less noise than
+# answers.
 TEXT = dict(
     n_layer=2,
     max_span=3,

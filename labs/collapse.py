@@ -34,7 +34,7 @@ from labs.tables import by_seed, markdown, page_tables, publish
 
 BASE = Arm(batch_size=32, pretrain_steps=400, distill_steps=150, eval_every=100,
            **train.RECIPES["paper"])
-# what turns the paper's recipe into train.py's recipe of latents alone
+# what turns the paper's recipe into latents alone by MSE
 LATENT = dict(sigreg=1.0, top_k=4, target_norm=True)
 CHANGES = {
     "random-init encoder": dict(pretrain_steps=0),

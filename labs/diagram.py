@@ -41,33 +41,35 @@ def stack(x, read, colour):
             box(x, 135, "context encoder", colour), line(x, 154, x, 175),
             box(x, 195, "predictor", colour), line(x, 214, x, 243), latent(x, 260)]
 
-def two_paths(x, read, latents):
+def two_paths(x, read, latents, loss):
     """Phases 1 and 2 around x: a prediction on the left, its target on the right."""
     a, b = x - 80, x + 80
     return [*stack(a, read[0], TRAINED), words(a, 292, latents[0]),
             words(b, 88, read[1], SMALL), line(b, 96, b, 115),
             box(b, 135, "target encoder", FROZEN), line(b, 154, b, 243),
             latent(b, 260), words(b, 292, latents[1]),
-            line(a + 34, 260, b - 34, 260, 'stroke-dasharray="4 4"'), words(x, 250, "MSE", BOLD)]
+            line(a + 34, 260, b - 34, 260, 'stroke-dasharray="4 4"'), words(x, 250, loss, BOLD)]
 
 def diagram():
     """The whole diagram, a string."""
     parts = [HEAD]
-    for x, title, below in ((165, "1  pretrain: read", "predict the latents of removed spans"),
+    for x, title, below in ((165, "1  pretrain: read", "predict the latents of removed tokens"),
                             (495, "2  distill: think", "predict the latent of the answer"),
                             (825, "3  speak", "put the thought into words")):
         parts += [words(x, 26, title, TITLE), words(x, 49, below)]
     parts += [
         *(line(x, 14, x, 350, 'opacity=".4"') for x in (330, 660)),
-        *two_paths(165, ("the cat … the mat", "the cat sat on the mat"), ("predicted", "target")),
-        *two_paths(495, ("Capital of France?", "Paris"), ("thought L_p", "answer L_a")),
+        *two_paths(165, ("the cat … the mat", "the cat sat on the mat"), ("predicted", "target"),
+                   "InfoNCE"),
+        *two_paths(495, ("Capital of France?", "Paris"), ("thought L_p", "answer L_a"),
+                   "MSE"),
         *stack(825, "Capital of France?", FROZEN),
         words(861, 265, "thought", START), line(825, 271, 825, 287),
         words(709, 312, "[BOS]"), line(733, 307, 755, 307),
         box(825, 307, "decoder", TRAINED), line(825, 326, 825, 342), words(825, 362, "Paris", BOLD),
         words(165, 325, "target encoder: moving average (EMA)"),
         words(165, 344, "of the context encoder"),
-        words(165, 363, "beside MSE: SIGReg and a token loss"),
+        words(165, 363, "beside it: SIGReg and a token loss"),
         words(495, 325, "no answer token is produced")]
     for x, colour, text in ((150, TRAINED, "trained in this phase"), (380, FROZEN, "no gradient")):
         parts += [f'<rect x="{x}" y="376" width="22" height="14" rx="3" fill="{colour}"/>\n',

@@ -4,9 +4,9 @@ Large teaches small (T-JEPA v2.0, section 4): what does the student keep, and is
     python -m labs.distillation             4 to 9 minutes of a core a run; equal compute: hours
     python -m labs.distillation --fast      half a minute on one core: does it run?
 
-Students have a quarter (medium) or a sixteenth (small) of the encoder of train.py's default. From
-random weights they imitate it on text and on questions without answers (--distill=align), 800 steps
-each; then they train a decoder of their own.
+Students have a quarter (medium) or a sixteenth (small) of the encoder of train.py's former default,
+the hybrid by MSE. From random weights they imitate it on text and on questions without answers
+(--distill=align), 800 steps each; then they train a decoder of their own.
 
 Expected before the first run: distilled students are better than from scratch at equal student
 tokens, not at equal compute; rounds change nothing, nor does a medium one between large and small;
@@ -14,7 +14,7 @@ a masked LM teaches text as well or better; an untrained teacher gives a student
 knows nothing.
 
 Equal compute: the FLOPs of phases 1 and 2, the teacher's included, are spent on the student's own,
-with twice (small: eight times) the batch. Students have three times train.py's learning rates.
+with twice (small: eight times) the batch. Students have three times the teacher's learning rates.
 """
 import dataclasses
 import math

@@ -1,7 +1,7 @@
 """
 Do facts taught in latent space become speech? Teachers, memories and controls.
 
-    python -m labs.facts --jobs=4               3 seeds of each arm; most arms share phase 1
+    python -m labs.facts --jobs=4               3 seeds of each arm; many arms share phase 1
     python -m labs.facts --arms="GPT,echo=0"    these arms, and first the arms that they start from
     python -m labs.facts --seeds=0              no run, the tables of the lab's page
     python -m labs.facts --fast                 a few steps of each kind of arm: does it run?
@@ -17,11 +17,12 @@ with tokens .560). Of today's default, half as many steps as before: LAT above .
 latents alone lose .1 of TXT, the masked LM gains .05; without phase 1 LAT falls to .9; the GPT
 keeps its .1 of LAT and TXT.
 
-The default, and the arms after it, have the settings of train.py. The others are older: by MSE on
-spans, latents alone unless their name says otherwise, for twice the steps of today. Arms of a group
-share facts, width, seeds and, where the name does not say otherwise, steps and learning rates,
-which were chosen for T-JEPA. The GPT learns DEC questions for the steps of phases 2 and 3. "lever"
-arms run on seeds of their own (10, 11, ...), so that the seeds of the other tables choose nothing.
+The first arms have the settings of train.py, three of them for twice the steps. The others are
+older: by MSE on spans, latents alone unless their name says otherwise, for twice the steps of
+today. Arms of a group share facts, width, seeds and, where the name does not say otherwise, steps
+and learning rates, which were chosen for T-JEPA. The GPT learns DEC questions for the steps of
+phases 2 and 3. "lever" arms run on seeds of their own (10, 11, ...), so that the seeds of the other
+tables choose nothing.
 """
 import copy
 import dataclasses
@@ -282,7 +283,7 @@ def measure(cfg):
 
 # -- the arms --------------------------------------------------------------------------------------
 
-# what train.py does by default; as long as that may take, the arms below
+# what train.py does by default
 today = partial(Config, **dataclasses.asdict(train.Config()) | dict(eval_every=10 ** 9))
 TWICE = dict(pretrain_steps=Config.pretrain_steps, distill_steps=Config.distill_steps,
              speak_steps=Config.speak_steps)

@@ -55,6 +55,7 @@ class Config(train.Config):
     stop_gradient: bool = False     # of the second view; the authors' code has a gradient
     latent_drop: float = 0.0        # share of the steps without the latent term
     n_embd: int = 160               # with 4 layers 1.3 million parameters
+    embed_scale: float = 1.0
     block_size: int = 128           # longest description in tokens
     answer_size: int = 32           # longest regex, EOS included; the longest gold one has 24
     qa_batch_size: int = 64         # pairs a step

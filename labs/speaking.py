@@ -39,7 +39,7 @@ SCHEDULES = dict(               # weight of the latent loss over alpha_start, by
 
 @dataclasses.dataclass
 class Config(Arm):
-    """An arm, which trains the phases from cfg.phase on. Latents alone, as in the papers."""
+    """An arm, which trains the phases from cfg.phase on. Latents alone by MSE, as in v1.1."""
     mlm: float = NO_TOKENS["mlm"]
     pred_embd: int = NO_TOKENS["pred_embd"]
     eval_every: int = 100           # steps between two looks at the gradients

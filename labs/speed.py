@@ -4,9 +4,9 @@ How fast is a training step, how fast could this machine be, and what would a GP
     python -m labs.speed --nanogpt=../nanoGPT   15 minutes on 2 cores; run nothing else meanwhile
     python -m labs.speed --fast                 a minute of a core: does it run?
 
-Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since: .91 /
-.99 / 1.04 of it at width 128 / 256 / 512). To think once saves time in long answers only. Arms are
-called in turn, A B C A B C ..., so that a busy moment of the machine hits all of them.
+Expected before the first run: by FLOPs phase 1 costs as much as a GPT's step (counted since, by
+MSE: .91 / .99 / 1.04 of it at width 128 / 256 / 512). To think once saves time in long answers
+only. Arms are called in turn, A B C A B C ..., so that a busy moment of the machine hits all.
 
     ms          median over 20 calls after a warm-up (3 calls for 256 tokens)
     ratio       ms over those of the first arm of the same width

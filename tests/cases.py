@@ -241,7 +241,7 @@ def run_cases(rng, number):
         ["--answer_size=24"],
         ["--memory=tokens"], ["--n_slots=2"], ["--dec_layer=2"], ["--seed=7"], ["--top_k=1"],
         ["--pretrain_steps=9"], ["--distill_steps=99"], ["--speak_steps=1"], ["--rounds=2"],
-        ["--tokenizer=gpt2"], ["--vocab_size=500"], ["--loss=infonce"], ["--target=token"],
+        ["--tokenizer=gpt2"], ["--vocab_size=500"], ["--loss=mse"], ["--target=span"],
         ["--distill=align"], ["--qa_batch_size=1"], ["--batch_size=1"], ["--accum=8"],
         ["--eval_every=1"], ["--device=cuda"], ["--device=mps"], ["--dtype=bf16"],
         ["--mask_ratio=0.01"], ["--mask_ratio=0.9"], ["--question_drop=0.99"], ["--echo=0"],

@@ -6,7 +6,7 @@ Twenty files as people bring them: each gives a run with figures, or one line th
 
 Texts are read by phase 1, and a gap in them is filled; pairs go through all three phases on a
 small text, and one of their questions is asked. A sensible run ends with exit code 0, finite
-figures and R2. A refusal has exit code 2 and one line, which names the file.
+figures and hit1. A refusal has exit code 2 and one line, which names the file.
 """
 import argparse
 import math
@@ -126,7 +126,7 @@ def problem(file, kind, folder):
     figures = report.newest(report.read_metrics(out))
     if not all(math.isfinite(value) for value in figures.values() if isinstance(value, float)):
         return "a figure is not finite"
-    if "R2" not in said:
+    if "hit1" not in said:
         return "no figure of phase 1 is printed"
     ask = [f"--inspect={file.gap}"]
     if kind == "qa":

@@ -257,7 +257,7 @@ def test_threads_do_not_change_a_gradient(monkeypatch):
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(target="token"), dict(stop_gradient=False)])
+@pytest.mark.parametrize("changes", [{}, dict(target="span"), dict(stop_gradient=False)])
 def test_masks_of_one_text_share_the_pass_of_the_target(changes):
     """--masks=3: one pass over the text gives what three would. Rows end in padding, too."""
     model, tokens = make(**changes), rows(4, 16)
@@ -275,8 +275,8 @@ def test_masks_of_one_text_share_the_pass_of_the_target(changes):
 
 @pytest.mark.skipif(BREAKS_GRAPHS, reason=train.no_graphs())
 @pytest.mark.parametrize("changes", [
-    {}, dict(mlm=0.0), dict(target="token", loss="infonce"), dict(stop_gradient=False, sigreg=0.0),
-    dict(top_k=1, target_norm=False), dict(embed_scale=50.0, pred_layer=2)])
+    {}, dict(mlm=0.0), dict(target="span", loss="mse"), dict(stop_gradient=False, sigreg=0.0),
+    dict(top_k=1, target_norm=False), dict(embed_scale=1.0, pred_layer=2)])
 def test_phase_1_compiles_without_a_graph_break(changes):
     """--compile: a break would make a GPU wait. Masking and loss are one graph each."""
     model, tokens = make(**changes), rows(4, 16)

@@ -135,7 +135,7 @@ def test_phase_3_changes_the_decoder_alone(world, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(loss="infonce", mlm=0.5), dict(target="token"), dict(ema_half_life=0), dict(accum=2),
+    dict(loss="mse", mlm=0.5), dict(target="span"), dict(ema_half_life=0), dict(accum=2),
     dict(masks=2), dict(dtype="bf16"), dict(recipe="paper", top_k=1)])
 def test_every_objective_trains(world, tmp_path, changes):
     """A switch that breaks a loss shows here, and not after hours."""
