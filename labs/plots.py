@@ -223,11 +223,12 @@ def planning(length, drift, rows):
 
 def teaching(said, cost, rows):
     """What is said after facts were added, and what it costs."""
-    colours = {"teach": BLUE, "teach_steps=100": GREEN, "made_up=0": ORANGE, "no replay": RED}
+    colours = {"teach": BLUE, "former: teach": PURPLE, "former: teach_steps=100": GREEN,
+               "former: made_up=0": ORANGE, "former: no replay": RED}
     for axis, names in ((said, ("said_known", "said_new", "updated")),
                         (cost, ("lost_DEC", "lost_LAT", "newly_answered"))):
         arms = {arm: (arm if axis is said else None, colour) for arm, colour in colours.items()}
-        bars(axis, rows, names, arms, .2, .18)
+        bars(axis, rows, names, arms, .16, .145)
     said.set_xticks(range(3), ("new facts,\nknown answers", "new facts,\nnew answers", "updates"))
     said.set(ylim=(0, 1.05), ylabel="said in new wordings, share")
     cost.set_xticks(range(3), ("DEC lost", "LAT lost", "invented subjects,\nnow answered"))
