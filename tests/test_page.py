@@ -71,7 +71,7 @@ def test_energies_of_the_page_are_those_of_python(page, run):
                                           target_norm=False, stop_gradient=False)])
 def test_other_shapes_of_the_model_run_in_the_page_too(changes, world, tmp_path):
     cfg = dataclasses.replace(world.cfg, out=str(tmp_path), pretrain_steps=2, distill_steps=20,
-                              speak_steps=2, **changes)
+                              speak_steps=30, **changes)
     train.run(cfg)
     lab.main([f"--out={tmp_path}"])
     with browser.Browser() as program:
