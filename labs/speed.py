@@ -273,7 +273,7 @@ def compiled(lab):
 def endless(lab, width, size):
     """An untrained model in which no token ends an answer: it says `size` tokens."""
     cfg = tjepa.Config(**shape(width), vocab_size=CFG.vocab_size, answer_size=size)
-    cfg.eos = -1
+    cfg.pad = cfg.vocab_size        # `TJEPA.speak` ends at the special tokens, which begin here
     return tjepa.TJEPA(cfg, lab.corpus.tokenizer.word_start).to(lab.device)
 
 def generation(lab):
