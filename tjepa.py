@@ -231,7 +231,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         # A block adds values of std .5 to 1 to the residual stream and drowns an embedding of .02.
-        # With factor 50 much more is learned from a text (labs/pages/pretraining.md).
+        # With factor 50 much more is learned from a text (labs/pages/facts.md).
         self.embed_scale = cfg.embed_scale
         self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head) for _ in range(cfg.n_layer))
         # One position more than a text has: some controls in labs/ have no predictor and append the

@@ -60,13 +60,14 @@ def draw_bars(rows):
     """assets/facts.png: bars with one standard deviation, and what guessing reaches."""
     figure = Canvas((9, 4), layout="constrained")
     axis = figure.subplots()
-    bars(axis, rows, COLUMNS.values(), SYSTEMS, 0.16, 0.145, capsize=3, ecolor="0.15",
+    step, middle = 0.16, (len(SYSTEMS) - 1) / 2
+    bars(axis, rows, COLUMNS.values(), SYSTEMS, step, 0.145, capsize=3, ecolor="0.15",
          error_kw=dict(lw=1.2))
     for number, arm in enumerate(SYSTEMS):
         for group, name in enumerate(COLUMNS.values()):
             found = over_seeds(rows, arm, name)
             top = found.mean + (found.deviation or 0) + 0.02
-            axis.text(group + (number - 2) * 0.16, top, f"{found.mean:.2f}".removeprefix("0"),
+            axis.text(group + (number - middle) * step, top, f"{found.mean:.2f}".removeprefix("0"),
                       ha="center", fontsize=8)
     for group, name in enumerate(COLUMNS.values()):
         floor = over_seeds(rows, FLOOR, name).mean

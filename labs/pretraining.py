@@ -81,8 +81,7 @@ class Config(Arm):
     tune: bool = False          # measure dev accuracies alone, of each reading
     stride: int = 1             # ask only every n-th text and statement
 
-PAPER = train.RECIPES["paper"]
-LATENT = READING | dict(mlm=0.0)    # --recipe=latent, with as many blocks as the other arms
+PAPER, LATENT = train.RECIPES["paper"], READING | dict(mlm=0.0)     # recipes of train.py
 idea = functools.partial(dict, **LATENT, like="latent", only="2.5M")
 CHANGES = {                     # of the hybrid by MSE, whose settings are those of `Arm`
     "hybrid by MSE": {},

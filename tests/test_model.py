@@ -128,6 +128,17 @@ def test_context_is_the_last_layer_and_target_the_mean_of_the_last_top_k():
     torch.testing.assert_close(latents, mean)
 
 
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_top_k_0_means_the_embedding_and_all_layers_at_any_depth(n_layer):
+    """The default: no flag must follow from another."""
+    model, tokens = make(n_layer=n_layer, top_k=0), rows(2)
+    layers = [model.cfg.embed_scale * model.target_encoder.embed(tokens)]
+    for block in model.target_encoder.blocks:
+        block.register_forward_hook(lambda *args: layers.append(args[-1]))
+    latents = model.encode(tokens)
+    torch.testing.assert_close(latents, torch.stack([tjepa.norm(x) for x in layers]).mean(0))
+
+
 def test_latents_and_words_have_separate_output_maps(model):
     """With one map for both losses the latents lose rank."""
     tokens = rows()
