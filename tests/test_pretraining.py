@@ -339,7 +339,8 @@ def test_the_choice_is_the_best_on_dev_and_the_final_runs_take_it_over():
         "facts 2.5M hybrid by MSE": (2e-3, "1", False), "facts 2.5M GPT": (1e-3, "4", False),
         "facts 7M hybrid by MSE": (2e-3, "1", False), "facts 7M GPT": (1e-3, "4", False),
         "facts 7M two masks": (2e-3, "1", False)}
-    assert runs["facts 7M hybrid by MSE"].eval_every * 8 == runs["facts 7M hybrid by MSE"].pretrain_steps
+    hybrid = runs["facts 7M hybrid by MSE"]
+    assert hybrid.eval_every * 8 == hybrid.pretrain_steps
 
 
 def test_tuning_gives_every_trained_arm_the_same_grid():

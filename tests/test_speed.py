@@ -242,7 +242,7 @@ def test_an_endless_model_says_as_much_as_it_is_asked_for(lab, monkeypatch):
     lab.corpus = any_word()
     model = speed.endless(lab, 32, 9)
     last = model.cfg.vocab_size - 1
-    monkeypatch.setattr(tjepa, "sample_token", lambda logits, *_: torch.full(logits.shape[:1], last))
+    monkeypatch.setattr(tjepa, "sample_token", lambda logits, *_: torch.tensor(2 * [last]))
     thought = tjepa.Thought(torch.randn(2, 32), torch.zeros(2, 0), torch.zeros(2, 0))
     assert len(list(model.speak(thought))) == 9
 
