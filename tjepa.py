@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 @dataclass
 class Config:
@@ -797,10 +798,9 @@ class TJEPA(nn.Module):
     @torch.no_grad()
     def ema_update(self):
         """target <- tau * target + (1 - tau) * context encoder, see `train.target_moves`."""
-        # 5. EMA
+        # 5. EMA: torch's own moves all weights by one launch, where a loop needs one for each
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
-        for target, context in zip(targets, contexts):
-            target.lerp_(context, 1 - self.cfg.ema_decay)
+        get_ema_multi_avg_fn(self.cfg.ema_decay)([*targets], [*contexts], None)
 
     def sample_latents(self, p, n=512):
         """n context latents, (n, C), drawn across texts from all that are not padding."""

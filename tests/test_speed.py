@@ -191,6 +191,15 @@ def test_a_fused_operation_counts_once_for_all_its_tensors():
     assert speed.count_launches(lambda: torch._foreach_mul_(tensors, 2.0)) == 1
 
 
+def test_one_launch_moves_all_weights_of_the_target():
+    model = tjepa.TJEPA(tjepa.Config(n_embd=32, pred_embd=32), torch.ones(2048))
+    before = model.target_encoder.embed.weight.clone()
+    with torch.no_grad():
+        model.context_encoder.embed.weight.add_(1)
+    assert speed.count_launches(model.ema_update) == 1
+    assert not torch.equal(model.target_encoder.embed.weight, before)
+
+
 @pytest.mark.skipif(bool(train.no_graphs()), reason=train.no_graphs())
 def test_a_graph_launches_what_it_cannot_fuse():
     """A chain of pointwise operations is one kernel, a matrix product one more."""
