@@ -10,9 +10,10 @@ import sys
 
 from matplotlib.figure import Figure as Canvas
 
+import train
 from labs.arms import Flags
 from labs.pretraining import joined
-from labs.records import results
+from labs.records import REPOSITORY, results
 from labs.tables import PAGES, TABLES, figure_of, origin, over_seeds, page_tables, write_block
 
 # a palette that colour-blind readers can tell apart (Okabe and Ito)
@@ -23,10 +24,19 @@ PURPLE = "#AA4499"      # GPT
 ORANGE = "#E69F00"      # random weights
 GREY = "0.65"
 
-def rows_of(lab):
-    """The rows of a lab. For pretraining: budgets and worlds joined."""
-    rows = results(lab, Flags())
-    return joined(rows) if lab == "pretraining" else rows
+# a plot that is named after no lab -> the lab that measured it, the page that shows it
+ELSEWHERE = {"latents_alone": ("facts", "pretraining")}
+
+def rows_of(name):
+    """The rows of the lab that a plot shows. For pretraining: budgets and worlds joined."""
+    rows = results(ELSEWHERE.get(name, [name])[0], Flags())
+    if name in ELSEWHERE:               # only those of its table: the lab has its own plot
+        return [row for row in rows if row["arm"] in arms_of(name, 0)]
+    return joined(rows) if name == "pretraining" else rows
+
+def page_of(name):
+    """The page of a plot."""
+    return PAGES / f"{ELSEWHERE.get(name, [name])[-1]}.md"
 
 def arms_of(lab, number):
     """The arms of a table of a page."""
@@ -100,6 +110,23 @@ def pretraining(probes, cloze, rows):
         axis.set(xlabel="tokens read, millions", xticks=[2.5, 7], ylim=(0, 1))
     probes.set(title="facts: mean of three probes", ylabel="accuracy, share of items")
     cloze.set(title="facts: cloze", ylabel="share of statements")
+
+def latents_alone(lat, txt, cloze, auroc, rows):
+    """What a whole run knows, against the tokens that its phase 1 has read."""
+    cfg = train.Config()
+    read = cfg.pretrain_steps * cfg.batch_size * cfg.block_size / 1e6
+    shown = {"em_LAT_heldout": lat, "em_TXT_heldout": txt, "cloze_capital": cloze, "auroc": auroc}
+    for arm, twice, colour in (("default", "twice the steps", BLUE),
+                               ("latents alone", "latents alone with twice the steps", RED),
+                               ("masked LM", "masked LM with twice the steps", GREEN)):
+        for name, axis in shown.items():
+            arms = {0: "default without phase 1", read: arm, 2 * read: twice}
+            label = arm if axis is lat else None
+            curve(axis, rows, {x: (each, name) for x, each in arms.items()}, label, colour)
+    for axis, title in ((lat, "LAT: taught as latents"), (txt, "TXT: only read"),
+                        (cloze, "capital by energy"), (auroc, "AUROC, invented subjects")):
+        axis.set(title=title, xlabel="tokens read, millions", ylim=(-.03, 1.03))
+    lat.set(ylabel="share of questions or statements; AUROC")
 
 def hierarchy(one, all_levels, rows):
     """A level of a grammar against the sentences read; all levels of a deeper one."""
@@ -271,27 +298,29 @@ def seeing(said, taught, decodes, rows):
     decodes.set(title="streams, a change every 10th frame", xlabel="decodes in 64 frames",
                 ylabel="caption right, share of frames", ylim=(0, 1.03))
 
-# lab -> how to draw it, the number of panels, the size in inches
+# lab (or plot) -> how to draw it, the number of panels, the size in inches
 PLOTS = {"collapse": (collapse, 1, (8, 5.5)), "pretraining": (pretraining, 2, (9, 4.6)),
+         "latents_alone": (latents_alone, 4, (12, 3.6)),
          "hierarchy": (hierarchy, 2, (9, 4.6)), "facts": (facts, 2, (10, 4.5)),
          "speaking": (speaking, 3, (13, 4.4)), "distillation": (distillation, 1, (10, 5)),
          "llm_jepa": (llm_jepa, 2, (10, 4.4)), "speed": (speed, 2, (9, 4.6)),
          "planning": (planning, 2, (9, 4.6)), "teaching": (teaching, 2, (9, 4.2)),
          "text": (text, 3, (11, 4.2)), "seeing": (seeing, 3, (12, 4.4))}
 
-def write_page(lab):
-    """Write the plot and the tables of a page."""
-    draw, panels, size = PLOTS[lab]
-    rows = rows_of(lab)
+def write_page(name):
+    """Write a plot, and into its page the tables beside it."""
+    draw, panels, size = PLOTS[name]
+    rows = rows_of(name)
     canvas = Canvas(size, layout="constrained")
     axes = canvas.subplots(1, panels, squeeze=False)[0]
     draw(*axes, rows)
     if any(axis.get_legend_handles_labels()[1] for axis in axes):
         canvas.legend(loc="outside lower center", ncols=3)
-    canvas.savefig(PAGES / f"{lab}.png", dpi=100, metadata={"Software": None})
-    source = f"Written by `python -m labs.plots {lab}`, measured at commit {origin(rows)}."
-    write_block(PAGES / f"{lab}.md", lab, f"{source}\n\n{page_tables(lab, rows)}")
-    print(f"labs/pages/{lab}.md and .png are written")
+    canvas.savefig(PAGES / f"{name}.png", dpi=100, metadata={"Software": None})
+    source = f"Written by `python -m labs.plots {name}`, measured at commit {origin(rows)}."
+    page = page_of(name)
+    write_block(page, name, f"{source}\n\n{page_tables(name, rows)}")
+    print(f"{page.relative_to(REPOSITORY)} and {name}.png are written")
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PLOTS:

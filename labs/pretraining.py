@@ -340,7 +340,8 @@ def finals(worlds, names, budgets, tuned):
 
 def joined(rows):
     """The rows of plot and page: an arm and seed with the means of its probes as "WORLD BUDGET" and
-    "all BUDGET", and with "cloze BUDGET"; then each run of facts as the arm "ARM, BUDGET".
+    "all BUDGET", and with the cloze and its capitals as "cloze BUDGET", "capital BUDGET"; then each
+    run of facts as the arm "ARM, BUDGET".
     """
     whole, parts = {}, []
     for row in rows:
@@ -348,8 +349,9 @@ def joined(rows):
         into = whole.setdefault((arm, row["seed"]), row | dict(arm=arm))
         # older tables have the mean of all probes in rows of the world "facts,glosses"
         into["all" * (world not in PROBES) or world, budget] = row["probes"]
-        if "cloze_all" in row:
-            into["cloze", budget] = row["cloze_all"]
+        for title, figure in ("cloze", "cloze_all"), ("capital", "cloze_capital"):
+            if figure in row:
+                into[title, budget] = row[figure]
         if world == "facts":
             parts.append(row | dict(arm=f"{arm}, {budget}"))
     for row in whole.values():
