@@ -798,7 +798,8 @@ class TJEPA(nn.Module):
     @torch.no_grad()
     def ema_update(self):
         """target <- tau * target + (1 - tau) * context encoder, see `train.target_moves`."""
-        # 5. EMA: torch's own moves all weights by one launch, where a loop needs one for each
+        # 5. EMA, by torch's function: one launch for all weights, where a loop needs one for each.
+        #    It ignores its third argument, the number of updates.
         targets, contexts = self.target_encoder.parameters(), self.context_encoder.parameters()
         get_ema_multi_avg_fn(self.cfg.ema_decay)([*targets], [*contexts], None)
 
