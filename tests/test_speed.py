@@ -267,6 +267,10 @@ def test_fast_runs_every_arm_and_prints_a_line_for_each(fast):
         here = [name.split(": ")[1].split(",")[0] for name in names
                 if name.startswith("Training step") and f"width {width}," in name]
         assert here == ["nanoGPT", "GPT of our blocks", "phase 1", "phase 2", "phase 3", "phase 1"]
+    work = {row["arm"].split(": ")[1].split(",")[0]: float(row["value"]) for row in rows
+            if row["figure"] == "GFLOP" and row["arm"].startswith("Cheaper phase 1")}
+    assert list(work) == ["default", "pred_embd=16", "mask_ratio=0.5", "loss=mse"]
+    assert max(work["pred_embd=16"], work["loss=mse"]) < work["default"]
     launches = {row["arm"]: int(row["value"]) for row in rows if row["figure"] == "launches"
                 and row["arm"].startswith("Phase 1 with --compile")}
     if launches:
