@@ -106,7 +106,7 @@ def pretraining(probes, cloze, rows):
     for axis, name in ((probes, "facts"), (cloze, "cloze")):
         for arm in arms_of("pretraining", 0):
             points = {x: (arm, f"{name} {x}M") for x in (2.5, 7)}
-            curve(axis, rows, points, arm, colours.get(arm))
+            curve(axis, rows, points, arm if axis is probes else None, colours.get(arm))
         axis.set(xlabel="tokens read, millions", xticks=[2.5, 7], ylim=(0, 1))
     probes.set(title="facts: mean of three probes", ylabel="accuracy, share of items")
     cloze.set(title="facts: cloze", ylabel="share of statements")
