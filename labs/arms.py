@@ -174,7 +174,7 @@ def run_or_try(lab, arms, flags, measure, short):
     """`run_arms` -> `results`; with --fast the arms short(cfg), with one seed -> None."""
     if not flags.fast:
         return run_arms(lab, arms, flags, measure)
-    print(f"labs.{lab} --fast: its figures mean nothing")
+    print(f"labs.{lab} --fast: under a minute on one core; its figures mean nothing")
     arms = {name: short(cfg) for name, cfg in arms.items()}
     run_arms(lab, arms, dataclasses.replace(flags, seeds=1, redo=True), measure)
 

@@ -97,8 +97,9 @@ def measure(cfg):
     seed = out.name.rsplit("_", 1)[1]
     source = out.parent.parent / out.parent.name.replace("teaching", "facts") / f"default_{seed}"
     if not (source / "speak" / "ckpt.pt").is_file():
-        raise ValueError(f"{source} is missing: run `python -m labs.facts --arms=default --redo` "
-                         "first (with --results=FOLDER the published figures stay)")
+        how = "--fast" if out.parent.name.endswith("-fast") else "--redo --results=out/results"
+        raise ValueError(f"{source} is missing: run `python -m labs.facts --arms=default {how}` "
+                         "first")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copy(source / "speak" / "ckpt.pt", out)

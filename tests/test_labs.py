@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from labs import arms, collapse, plots, probes, records, tables
+from labs import arms, collapse, plots, probes, records, tables, teaching
 from tests import toy
 
 
@@ -246,3 +246,11 @@ def test_every_arm_can_be_named_in_arms():
     for path in (records.REPOSITORY / "labs").glob("*.py"):
         lab = importlib.import_module(f"labs.{path.stem}")
         assert not [name for name in getattr(lab, "ARMS", {}) if "," in name], path.name
+
+
+@pytest.mark.parametrize("folder, flag", (("teaching", "--redo"), ("teaching-fast", "--fast")))
+def test_teaching_names_the_command_that_makes_what_it_starts_from(tmp_path, folder, flag):
+    """After a --fast run of facts only a --fast run of teaching finds its checkpoints."""
+    cfg = teaching.Config(out=str(tmp_path / folder / "teach_0"))
+    with pytest.raises(ValueError, match=f"labs.facts --arms=default {flag}"):
+        teaching.measure(cfg)
