@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from labs import arms, collapse, plots, probes, records, tables, teaching
+from labs import arms, collapse, plots, probes, records, tables, teaching, text
 from tests import toy
 
 
@@ -254,3 +254,14 @@ def test_teaching_names_the_command_that_makes_what_it_starts_from(tmp_path, fol
     cfg = teaching.Config(out=str(tmp_path / folder / "teach_0"))
     with pytest.raises(ValueError, match=f"labs.facts --arms=default {flag}"):
         teaching.measure(cfg)
+
+
+def test_text_fast_tries_every_kind_of_arm_on_one_text_and_prints_no_table(monkeypatch, capsys):
+    tried = {}
+    monkeypatch.setattr(text, "run_arms", lambda lab, short, *rest: tried.update(short))
+    monkeypatch.setattr(text.Path, "is_file", lambda path: True)
+    text.text(arms.Flags(fast=True))
+    assert {cfg.data for cfg in tried.values()} == {text.SHAKESPEARE["data"]}
+    kinds = {name.removesuffix(" on WordNet") for name in text.ARMS}
+    assert tried.keys() == kinds
+    assert "|" not in capsys.readouterr().out
