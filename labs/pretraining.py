@@ -340,8 +340,7 @@ def finals(worlds, names, budgets, tuned):
 
 def joined(rows):
     """The rows of plot and page: an arm and seed with the means of its probes as "WORLD BUDGET" and
-    "all BUDGET", and with the cloze and its capitals as "cloze BUDGET", "capital BUDGET"; then each
-    run of facts as the arm "ARM, BUDGET".
+    "all BUDGET", with "cloze BUDGET", "capital BUDGET"; then each run of facts as "ARM, BUDGET".
     """
     whole, parts = {}, []
     for row in rows:
@@ -349,9 +348,8 @@ def joined(rows):
         into = whole.setdefault((arm, row["seed"]), row | dict(arm=arm))
         # older tables have the mean of all probes in rows of the world "facts,glosses"
         into["all" * (world not in PROBES) or world, budget] = row["probes"]
-        for title, figure in ("cloze", "cloze_all"), ("capital", "cloze_capital"):
-            if figure in row:
-                into[title, budget] = row[figure]
+        into |= {(title, budget): row[figure] for title, figure in
+                 (("cloze", "cloze_all"), ("capital", "cloze_capital")) if figure in row}
         if world == "facts":
             parts.append(row | dict(arm=f"{arm}, {budget}"))
     for row in whole.values():
